@@ -6,7 +6,7 @@ Each backend is a module with the same functions:
     Return None if the backend can run on this machine, else the reason why not.
 ``refuses(image, named)``
     Return None if the backend supports the device and dtype of these features, else the reason why not. `named` is True
-    if the caller chose the backend by name.
+    if the caller named the backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
     Compute the operations on a `Problem` that `reference.py` defines.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
@@ -97,7 +97,8 @@ def serving(name: str | None, p: Problem) -> ModuleType:
 
     This is the choice of `pick`, or the reference if `p` has no images or no texts, as on a rank with an empty shard.
 
-    If the reference is used without having been named, a warning with the reason is logged once per process and device.
+    If the reference is used although nobody named it, a warning with the reason is logged once per process and type of
+    device.
     """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides", "in_turn"]
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of backends other than the reference
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that backends other than the reference support
 DTYPES = (*FUSED_DTYPES, torch.float64)
 
 

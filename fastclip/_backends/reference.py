@@ -103,7 +103,7 @@ def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: bool) -> Tensor:
-    """Return the gradient of the features from that of their unit rows."""
+    """Return the gradient of the features from the gradient of their unit rows."""
     if not normalize:
         return d_unit
     along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is constant
@@ -111,10 +111,10 @@ def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: boo
 
 
 def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
-    """Return the statistics of the logits' rows (M,) and columns (N,). With `maxima` they include the largest logits.
+    """Return the statistics of the logits' rows (M,) and columns (N,), and with `maxima` also the largest logits.
 
-    The statistics are in `wide_dtype`, because the loss is a difference of them and a float32 near 100 has an error of
-    4e-6. The inverse norms are `inv_norms`.
+    The statistics are in `wide_dtype`, because the loss is a difference of statistics, and a float32 near 100 has an
+    error of 4e-6. The inverse norms are the result of `inv_norms`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
@@ -211,7 +211,7 @@ def sigmoid_fwd(
     """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, () in `dtype`, and its four gradients.
 
     sign_ij is 1 at the pairs (i, i + offset) and -1 elsewhere. The gradients are those of image, text, scale and bias
-    (), with None for those that `needs` excludes. Those of the features are in `saved_dtype`.
+    (), with None for those that `needs` excludes. The gradients of the features have `saved_dtype`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     u, v = unit_rows(p.image, r), unit_rows(p.text, c)

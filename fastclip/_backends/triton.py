@@ -72,7 +72,7 @@ def refuses(image: Tensor, named: bool) -> str | None:
     if image.dtype not in FUSED_DTYPES:
         return f"it supports float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     if image.device.type == "cpu" and not named:  # before any query of the GPU, which would break forked workers
-        return "it supports GPU tensors, not cpu; its interpreter, which is for debugging, must be chosen by name"
+        return "it supports GPU tensors, not cpu; its interpreter, for debugging, needs backend='triton'"
     if reason := import_error():
         return reason
     if not _interpreting():

@@ -1,7 +1,7 @@
 """Agreement of the ranks before they compute: shards that do not fit together raise on every rank, and no rank hangs.
 
-Every call makes one all-gather of a few numbers, the only collective whose result the host waits for. It is skipped
-with `equal_shards=True`.
+Every call makes one all-gather of a few numbers. This is the only collective whose result the host waits for, and it is
+skipped with `equal_shards=True`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Shards(NamedTuple):
     ranks: int
     images: list[int]  # number of images on every rank
     texts: list[int]  # number of texts on every rank
-    own_images: slice  # this rank's images among those of all ranks
+    own_images: slice  # position of this rank's images among the images of all ranks
     own_texts: slice
 
 
@@ -60,7 +60,7 @@ def check_group(group: Any) -> Any:
     if group is None:
         return None
     if not dist.is_available():
-        raise RuntimeError("group= needs torch.distributed, which this build of torch lacks")
+        raise RuntimeError("group= needs torch.distributed: install a build of torch that includes it")
     if not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group"):
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:

@@ -46,7 +46,7 @@ def _named(*names: str) -> Callable[..., Any]:
     """Return the first of these functions that torch has: newer versions renamed some and warn about the old names."""
 
     def none(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"this torch.distributed has none of {', '.join(names)}")
+        raise RuntimeError(f"torch.distributed has no function {' or '.join(names)}: upgrade torch")
 
     return next((getattr(dist, name) for name in names if hasattr(dist, name)), none)
 
@@ -60,8 +60,9 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def _gather(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
-    """Gather (sizes[rank], ...) -> (sum(sizes), ...). Every rank sends as many rows as the largest shard has,
-    because an all-gather into one tensor needs equal sizes.
+    """Gather (sizes[rank], ...) -> (sum(sizes), ...).
+
+    Every rank sends as many rows as the largest shard has, because an all-gather into one tensor needs equal sizes.
     """
     largest = max(sizes)
     out = x.new_empty(len(sizes) * largest, *x.shape[1:])
@@ -192,8 +193,9 @@ torch.library.register_autograd("fastclip::sum_over_ranks", _sum_backward, setup
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
-    """Gather the rows of all ranks in order, (sizes[rank], ...) -> (sum(sizes), ...). The gradient is the sum
-    over the ranks.
+    """Gather the rows of all ranks in order, (sizes[rank], ...) -> (sum(sizes), ...).
+
+    The gradient of x is summed over the ranks.
     """
     return torch.ops.fastclip.gather_rows(x, sizes, group, after)
 
@@ -204,9 +206,9 @@ def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor, after: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Return the sum of x over the ranks, whose gradient is summed over the ranks too, and `after`.
+    """Return the sum of x over the ranks, and `after`. The gradient of x is summed over the ranks, too.
 
-    The caller must continue with the returned `after`: that fixes the order of the collectives.
+    The caller must use the returned `after` from then on: this fixes the order of the collectives.
     """
     out: tuple[Tensor, Tensor] = torch.ops.fastclip.sum_over_ranks(x, after, group)
     return out

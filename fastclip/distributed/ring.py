@@ -1,8 +1,8 @@
 """The ring's schedule: texts pass from rank to rank while the previous block is computed, and no rank holds all texts.
 
 The block of a rank is its shard of the texts. In step k = 0, ..., W - 1, rank r computes with the block of rank r - k
-(modulo W): first its own, which needs no communication, then those that arrive from rank r - 1. While it computes, it
-sends the block on to rank r + 1 and receives the next one.
+(modulo W): first its own block, which needs no communication, then the blocks that arrive from rank r - 1. While a rank
+computes, it sends the block to rank r + 1 and receives the next block.
 
 The gradients of a block follow it: each rank adds its share and sends the sum to the next rank. After the last step the
 sum reaches the block's owner. For 16-bit features the sums are in fp32, because a 16-bit sum would be rounded in every

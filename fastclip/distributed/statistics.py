@@ -55,7 +55,7 @@ def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
 
 
 def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:
-    """Replace the partial statistics of all columns by the complete ones of this rank's texts."""
+    """Replace the partial statistics of all columns by the complete statistics of this rank's texts."""
     rows, cols = stats
     here = shards.own_texts
     if not labels:  # the only positive of a column is a row of the rank that has the text, so `pos` is complete there

@@ -186,7 +186,7 @@ def _plain_loss(
 class Batch(NamedTuple):
     """A checked problem, and what the loss needs besides its statistics."""
 
-    problem: Problem  # labels are small ids; with shards, those of this rank's images and of all texts
+    problem: Problem  # labels are small ids; with shards, the labels of this rank's images and of all texts
     label_smoothing: float
     shards: Shards | None  # None if the features are the whole batch
     counts: _Pair | None  # number of positives of every row and of every column; None: one each
@@ -266,7 +266,7 @@ def _match(
         itself = (image_labels.long() == text_labels.long()).long()
         row_count, col_count = row_count - itself, col_count - itself
     if can_be_read(row_count) and not bool(row_count.any()):
-        besides = " besides its own" if exclude_self else ""
+        besides = " of another row" if exclude_self else ""
         raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
     rows_counted, cols_counted = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
     if shards is not None:

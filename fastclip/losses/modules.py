@@ -20,7 +20,7 @@ class ClipLoss(nn.Module):
     effect, because there is no label tensor to cache.
 
     With ``world_size > 1`` this is the loss over all ranks of `torch.distributed`'s default group, computed by
-    `contrastive_loss` with ``group``. ``rank`` and ``world_size`` must be those of the group. Gradients are exact for
+    `contrastive_loss` with ``group``. ``rank`` and ``world_size`` must match this group. Gradients are exact for
     every value of ``local_loss`` and ``gather_with_grad``. Value and gradients equal those of open_clip with
     ``local_loss=True, gather_with_grad=True``: each rank returns the mean loss of its images and texts, and the mean
     over ranks is the loss of the batch.

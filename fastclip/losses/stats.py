@@ -45,8 +45,8 @@ def contrastive_stats(
 ) -> ContrastiveStats:
     """Compute log-sum-exps, losses and in-batch top-1 hits of both directions, in one pass, without storing the logits.
 
-    Arguments and errors are those of `contrastive_loss`. With ``group`` all texts are gathered, and the results are
-    those of this rank's images and texts in the whole batch.
+    Arguments and errors are those of `contrastive_loss`. If ``group`` is given, all texts are gathered, and the results
+    describe this rank's images and texts within the whole batch.
 
     A tie is a miss: an image has a hit only if its largest positive exceeds its largest negative by more than
     2^-20 |logit_scale| ||image|| max ||text||, where ||x|| is the norm of a row and the maximum is over all texts. The

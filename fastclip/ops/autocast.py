@@ -29,7 +29,7 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return True if torch.autocast is enabled; False for devices that it does not support, such as meta."""
+    """Return True if torch.autocast is enabled. The result is False for unsupported devices such as meta."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
 

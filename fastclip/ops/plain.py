@@ -95,7 +95,7 @@ def _dense_gradients(args: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[
 
 
 def _gradients(args: Any, saved: Tensor, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of image, text and scale by ``fastclip::plain_bwd``. args: those of the forward."""
+    """Return the gradients of image, text and scale by ``fastclip::plain_bwd``. args: the arguments of the forward."""
     if transformed(d_loss):  # batched, or with a tangent that the op would drop
         return _dense_gradients(args, d_loss, needs)
     out = torch.ops.fastclip.plain_bwd(*args[:3], saved, *args[3:], d_loss, list(needs))
@@ -108,7 +108,7 @@ def _fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     if text.shape != image.shape:
-        raise ValueError(f"fastclip::plain_fwd needs pairs, got {tuple(image.shape)} and {tuple(text.shape)}")
+        raise ValueError(f"fastclip::plain_fwd needs pairs (N, D), got {tuple(image.shape)} and {tuple(text.shape)}")
     out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, text, scale, image_weight, normalize)
     return out
 

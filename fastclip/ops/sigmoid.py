@@ -111,7 +111,7 @@ def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...
 
 
 def _gradients(pairs: Pairs, grads: Sequence[Tensor | None], d_loss: Tensor) -> Sequence[Tensor | None]:
-    """Compute the gradients of the four inputs by ``fastclip::sigmoid_bwd``, from the gradients saved by the forward."""
+    """Return the gradients of the four inputs, computed by ``fastclip::sigmoid_bwd`` from `grads` of the forward."""
     grads = [d if need else None for d, need in zip(grads, pairs.needs)]
     if transformed(d_loss):  # batched, or with a tangent that the op would drop
         return reference.sigmoid_bwd(pairs.inputs(), grads, d_loss)
