@@ -117,9 +117,10 @@ def contrastive_loss(
     Returns:
         A scalar, or two vectors with ``reduction="none"``. The dtype is float32, or float64 for float64 features.
 
-        With ``group``, rank r of W returns L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts'
-        losses / N), where M and N count the images and texts of the whole batch (with labels, those that have a
-        positive). Gradients are those of the sum of all L_r. The mean over ranks that DDP or FSDP takes of the
+        If ``group`` is given, rank r of W returns
+        L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts' losses / N), where M and N count the images
+        and texts of the whole batch (with labels, only those that have a positive). Gradients are those of the sum of
+        all L_r. The mean over ranks that DDP or FSDP takes of the
         gradients is therefore exactly the gradient of the whole batch's mean loss, for the encoders and for
         ``logit_scale``. To log the batch's loss, average L_r over the ranks: call
         ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` on a detached copy. gloo has no AVG: use SUM and divide by
