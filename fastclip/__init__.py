@@ -72,7 +72,8 @@ def __getattr__(name: str) -> Any:
             raise
         # The encoders need timm and transformers, which the losses do not.
         what = f"fastclip.{name} needs {error.name or error}, which is not installed"
-        raise ImportError(f"{what}: pip install '.[models]' in the clone", name=error.name) from error
+        advice = "run pip install '.[models]' in the folder of fastclip's source code"
+        raise ImportError(f"{what}: {advice}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -276,9 +276,9 @@ def _warn_of_spelling(name: str, plain: str, has_quickgelu: bool) -> None:
 
 
 def _advice(name: str, known: Sequence[str]) -> str:
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or (
-        name.count("/") == 1 and not name.lower().startswith(("vit", "rn"))
-    ):
+    if name.startswith("local-dir:"):
+        return f"pass the folder {name.removeprefix('local-dir:')} as the checkpoint, not as the name of a model."
+    if name.startswith(("hf-hub:", "hf_hub:")) or (name.count("/") == 1 and not name.lower().startswith(("vit", "rn"))):
         return "download it from the Hugging Face Hub with `hf download`, and pass that folder as the checkpoint."
     plain = {re.sub(r"[^a-z0-9]", "", other.lower()): other for other in known}
     same = plain.get(re.sub(r"[^a-z0-9]", "", name.lower()))

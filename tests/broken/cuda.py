@@ -94,7 +94,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The CUDA sigmoid loss keeps its digits both when it is near 0 and when its logits are huge",
+        "The CUDA sigmoid loss is accurate near 0, and also if products of its exponentials overflow float32",
         tests=[
             "backends/test_cuda.py::test_sigmoid",
             "backends/test_cuda.py::test_sigmoid_of_products_beyond_fp32",
@@ -154,8 +154,8 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "CUDA machine code uses wgmma and TMA, one exponential per logit, no spilled register and no more "
-        "work than recorded",
+        "Compiled CUDA tiles use wgmma and TMA, one exponential per unmasked logit, no spills, and at most 2 % more "
+        "than recorded",
         tests=[
             "backends/test_cuda_compiled.py::test_every_kernel_is_compiled_without_spills",
             "backends/test_cuda_compiled.py::test_products_are_not_serialised",

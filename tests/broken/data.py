@@ -29,7 +29,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "An epoch has every sample at most once; only the samples of an incomplete last batch are left out",
+        "Without weights, an epoch draws every sample at most once and leaves out only those of an incomplete batch",
         tests=[
             "data/test_order.py::test_order_of_an_epoch_is_a_permutation_cut_to_whole_batches",
             "data/test_order.py::test_order_of_a_batch_larger_than_the_data_takes_epochs_in_turn",

@@ -72,8 +72,8 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Sizes that a tar file declares are checked: a false size costs no memory, loops nowhere, and the "
-        "shard is named",
+        "A false size in a tar file neither fills the memory nor causes an endless loop, and the message names "
+        "the shard",
         tests=[
             "data/test_tars.py::test_declared_sizes_are_not_believed",
             "data/test_tars.py::test_any_bytes_come_to_an_end",

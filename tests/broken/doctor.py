@@ -37,8 +37,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "`fastclip doctor` reports misspelt variables, too little memory in a container, missing extras and "
-        "unbuilt backends",
+        "`fastclip doctor` warns of misspelt variables, too little shared memory, missing extras and unbuilt backends",
         tests=[
             "package/test_doctor.py::test_variables_are_shown_and_misspelt_ones_found",
             "package/test_doctor.py::test_every_variable_that_is_read_is_known",

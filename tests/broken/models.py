@@ -160,8 +160,8 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "The weights decide the context length and image size; if the model's name says otherwise, the log "
-        "reports it once",
+        "Position embeddings of the weights override a conflicting image size or context length; the log reports "
+        "it once",
         tests=[
             "models/test_sizes.py::test_features_are_open_clips_whatever_the_name_says",
             "models/test_sizes.py::test_sizes_are_found_in_every_form",

@@ -122,7 +122,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that resumes in the folder of another run keeps the files of both runs apart and loses none",
+        "If a run resumes in another run's folder, the metrics, model and checkpoints found there are set aside",
         tests=[
             "training/test_trainer.py::test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there",
             "package/test_outputs.py::test_nothing_that_was_set_aside_is_lost",

@@ -137,7 +137,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Each result given to the report has its own column, with its alpha if the results differ only in alpha",
+        "Results that would fill the same cell of the report have separate columns, which state alpha if there is one",
         tests=[
             "report/test_report.py::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",
         ],

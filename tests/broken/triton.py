@@ -101,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "GPU kernels compute every exponential once, except in batches with extremely spread logits",
+        "GPU kernels compute exponentials a second time only in batches with extremely spread logits",
         tests=[
             "backends/test_kernels.py::test_repair_not_needed_for_ordinary_batches",
         ],

@@ -351,6 +351,7 @@ def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None
         ("VIT-B/32", "did you mean 'ViT-B-32'?"),
         ("ViT-L/14@336px", "did you mean 'ViT-L-14-336'"),
         ("hf-hub:laion/CLIP-ViT-B-32", "download it from the Hugging Face Hub with `hf download`"),
+        ("local-dir:runs/b32", "pass the folder runs/b32 as the checkpoint, not as the name of a model"),
         ("openai/clip-vit-base-patch32", "download it from the Hugging Face Hub with `hf download`"),
         ("../configs/ViT-B-32", "no model is called"),
         ("a\0b", "no model is called"),

@@ -18,6 +18,7 @@ from fastclip.system.lazy import uncollected
 from support import needs
 
 PACKAGE = Path(fastclip.__file__).parent
+ADVICE = "run pip install '.[models]' in the folder of fastclip's source code"
 LAZY = ("fastclip", "fastclip.integrations", "fastclip.data", "fastclip.models", "fastclip.search", "fastclip.training")
 SLOW = {"torch", "numpy", "timm", "transformers", "open_clip"}
 # Packages that a command may import beside torch; `import torch` itself loads torch's modules alone.
@@ -212,7 +213,7 @@ for name in ('create_model', 'contrastive_loss'):
 """
     names, models, losses = python(code).splitlines()
     assert int(names) > 10
-    assert models == "fastclip.create_model needs torch, which is not installed: pip install '.[models]' in the clone"
+    assert models == f"fastclip.create_model needs torch, which is not installed: {ADVICE}"
     assert losses == "import of torch halted; None in sys.modules"
 
 
@@ -221,8 +222,7 @@ def test_package_that_models_import_late_is_missed_early(package: str) -> None:
     needs("models")
     code = f"import sys, fastclip; sys.modules[{package!r}] = None\ntry:\n    fastclip.create_model\n"
     code += "except ImportError as error:\n    print(error)"
-    message = f"fastclip.create_model needs {package}, which is not installed: pip install '.[models]' in the clone"
-    assert python(code) == message
+    assert python(code) == f"fastclip.create_model needs {package}, which is not installed: {ADVICE}"
 
 
 @pytest.mark.parametrize(
