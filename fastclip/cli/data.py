@@ -8,6 +8,7 @@ from fastclip.cli.help import add_training_option, describe
 from fastclip.cli.outputs import add_force, add_samples_per_shard, owned_output
 from fastclip.cli.pictures import DATA, MAX_SAMPLES, add_max_pixels, add_workers
 from fastclip.cli.printing import complain, say
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -93,21 +94,23 @@ def _check_data(args: argparse.Namespace) -> int:
     report = check_source(source, workers=args.workers, max_samples=args.max_samples, transform=transform)
     sizes = zip(("smallest", "median", "largest"), report.pixels)
     whole = f" of {len(source):,}" if report.samples < len(source) else ""
+    captions = counted(report.captions, "caption")
     lines = [
         ("samples", f"{report.samples:,}{whole}"),
-        ("usable", f"{report.usable:,} ({report.usable / report.samples:.2%}), with {report.captions:,} captions"),
+        ("usable", f"{report.usable:,} ({report.usable / report.samples:.2%}), with {captions}"),
     ]
     for cause, count in report.faults:
         lines.append((f"- {cause}", f"{count:,}, first {', '.join(map(shown, report.faults.keys[cause]))}"))
     if passed:
         lines.append(("ignored", str(passed)))
     lines.append(("pixels", ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes)))
-    speed = f"{report.samples / report.seconds:,.0f} samples/s, {args.workers} workers, {report.seconds:.1f} s"
+    workers = counted(args.workers, "worker")
+    speed = f"{report.samples / report.seconds:,.0f} samples/s, {workers}, {report.seconds:.1f} s"
     lines += [("speed", speed), *(("damaged", problem) for problem in problems)]
     width = max(18, 2 + max(len(name) for name, _ in lines))
     say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
-        complain(f"fastclip data: {len(problems)} shards, or datasets of a mixture, are damaged or cannot be read")
+        complain(f"fastclip data: shards, or datasets of a mixture, damaged or impossible to read: {len(problems)}")
         return 1
     if report.bad_share > args.max_bad:
         complain(
@@ -127,6 +130,6 @@ def _pack_data(args: argparse.Namespace) -> None:
     with owned_output(args):
         packed = pack_source(open_source(args.spec), Path(args.output), **options)
     kept = f", {packed.kept} of which already existed" if packed.kept else ""
-    say(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
+    say(f"wrote {args.output}: {counted(packed.samples, 'sample')} in {counted(packed.shards, 'shard')}{kept}")
     if packed.faults.total:
         say(f"skipped: {packed.faults}")

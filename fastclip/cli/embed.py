@@ -9,6 +9,7 @@ from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.pictures import DATA
 from fastclip.cli.printing import complain, say
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -50,6 +51,6 @@ def _embed(args: argparse.Namespace) -> None:
             complain(f"fastclip: {args.spec}: no image has a caption, so only images are embedded")
         done = embed_source(embedder_of(args), source, Path(args.output), progress=True, texts=not alone, **options)
     kept = f", {done.kept} of which already existed" if done.kept else ""
-    say(f"wrote {args.output}: {done.samples:,} samples in {done.files:,} files{kept}")
+    say(f"wrote {args.output}: {counted(done.samples, 'sample')} in {counted(done.files, 'file')}{kept}")
     if done.faults.total:
         say(f"skipped: {done.faults}")

@@ -12,6 +12,7 @@ from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.pictures import add_labelled_data, add_max_pixels, add_reference
 from fastclip.cli.printing import say
 from fastclip.data.faults import shown
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -96,11 +97,12 @@ def _finetune(args: argparse.Namespace) -> None:
             )
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
-            say(f"{run.folder}: {run.steps} steps so far; re-run the same command to resume")
+            say(f"{run.folder}: {counted(run.steps, 'step')} so far; re-run the same command to resume")
             return
         saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
         run.mix(saved)
-        say(f"{run.save()}: {run.steps} steps in all, {len(run.losses)} of them in this run; alpha {saved:g}")
+        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses)} of them in this run"
+        say(f"{run.save()}: {steps}; alpha {saved:g}")
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
             size = options.micro_batch or options.batch_size

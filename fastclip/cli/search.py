@@ -16,6 +16,7 @@ from fastclip.cli.pictures import add_max_pixels, add_top
 from fastclip.cli.printing import complain, lone_names
 from fastclip.data.faults import shown
 from fastclip.system.cores import usable_cores
+from fastclip.system.plural import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,11 +116,11 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
         changes = (
             f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} removed"
         )
-        complain(f"fastclip: {engine.folder}: {done.files:,} images, {changes}")
+        complain(f"fastclip: {engine.folder}: {counted(done.files, 'image')}, {changes}")
     if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
         complain(
-            f"fastclip: {len(known):,} images that were skipped before still cannot be used; change or replace them "
-            "to have them read again"
+            f"fastclip: {counted(len(known), 'image')} skipped before still cannot be used; an image that is changed "
+            "or replaced is read again"
         )
 
 

@@ -7,6 +7,7 @@ import logging
 
 from fastclip.cli.help import HELP, OptionsHelp, describe
 from fastclip.cli.printing import say
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -47,7 +48,7 @@ def _train(args: argparse.Namespace) -> None:
         logger.info("the cores are busy, so OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE)")
     run = train(options)
     if first:
-        steps = f"{run.steps} steps in all, {len(run.losses)} of them in this run in {run.seconds:.1f} s"
+        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses)} of them in this run in {run.seconds:.1f} s"
         say(f"{run.folder}: {steps}, with backend {run.backend!r}")
         results = {"loss": run.losses[-1], **run.validation} if run.losses else {}
         say("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

@@ -26,6 +26,7 @@ from fastclip.models.embedder import Embedder
 from fastclip.system.claim import claim
 from fastclip.system.durable import mend_files, new_file
 from fastclip.system.owner import owning
+from fastclip.system.plural import counted
 from fastclip.system.reading import parse_json
 
 __all__ = ["Embedded", "embed_source"]
@@ -100,8 +101,8 @@ def embed_source(
         faults.merge(written.faults.counts, written.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if changed := ways["changed"]:
-        message = "%s: %d files were written again, because images, captions or max_pixels have changed"
-        logger.warning(message, source.spec, changed)
+        message = "%s: %s written again, because images, captions or max_pixels have changed"
+        logger.warning(message, source.spec, counted(changed, "file"))
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
     return Embedded(files, samples, faults, ways["kept"])

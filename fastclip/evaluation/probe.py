@@ -24,6 +24,7 @@ from fastclip.data.source import Source
 from fastclip.embedding.features import FeatureStore, image_features, resumable
 from fastclip.evaluation.classification import classification_metrics, labelled, score_ranks
 from fastclip.models.embedder import Embedder
+from fastclip.system.plural import counted
 from fastclip.system.progress import Progress
 
 __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
@@ -271,4 +272,5 @@ def _check_labels(train: Source, y: Any, test: Source, y_test: Any) -> None:
         raise ValueError(f"{train.spec}: the usable images must have at least two classes, got {len(known)}")
     if len(unknown := np.setdiff1d(y_test, known)):
         names = shown_names([train.class_names[k] for k in unknown])
-        logger.warning("%d classes of %s have no images in %s: %s", len(unknown), test.spec, train.spec, names)
+        number = counted(len(unknown), "class", "classes")
+        logger.warning("%s of %s without images in %s: %s", number, test.spec, train.spec, names)

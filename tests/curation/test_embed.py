@@ -160,9 +160,9 @@ def test_changed_captions_and_pictures_are_embedded_again(
         return done.kept
 
     assert embedded("a picture") == 0 and embedded("a picture") == 2
-    assert embedded("an image") == 0 and "2 files were written again, because images, captions" in caplog.text
+    assert embedded("an image") == 0 and "2 files written again, because images, captions" in caplog.text
     (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # an image of the second file
-    assert embedded("an image") == 1 and "1 files were written again" in caplog.text
+    assert embedded("an image") == 1 and "1 file written again" in caplog.text
     (data / "logo.png").unlink()
     (data / "logo.png").symlink_to(data / "cards.png")
     assert embedded("an image") == 1 and embedded("an image") == 2
@@ -266,7 +266,7 @@ def test_pictures_without_captions_are_embedded_alone(
     for _ in range(2):
         assert cli.main([*words, "--output", str(tmp_path / "out")]) == 0
         said = capsys.readouterr()
-        assert "3 samples in 1 files" in said.out and "no image has a caption, so only images" in said.err
+        assert "3 samples in 1 file" in said.out and "no image has a caption, so only images" in said.err
     assert "1 of which already existed" in said.out and "1 not an image" in said.out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["img_emb", "metadata", "options.json"]
     images = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")

@@ -406,10 +406,10 @@ def test_check_reads_the_shards_beside_dead_ones(
     assert [line.split(None, 1)[1] for line in lines if line.startswith("damaged")] == [
         *("no such shard: 6.tar", "no such shard: 7.tar", "1.tar: not a tar file, or one that is cut off: empty file"),
         "2.tar: not a tar file, or one that is cut off: a header is missing or has a wrong checksum",
-        "4.tar: cut off or damaged after 1 samples, which are used: unexpected end of data",
+        "4.tar: cut off or damaged after 1 sample, which is used: unexpected end of data",
     ]
     assert "ignored           3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
-    assert "fastclip data: 5 shards, or datasets of a mixture, are damaged or cannot be read" in said
+    assert "fastclip data: shards, or datasets of a mixture, damaged or impossible to read: 5" in said
     assert cli.main([*whole, "{0,3,5}.tar"]) == 0
     assert "damaged" not in capsys.readouterr().out
 

@@ -240,7 +240,7 @@ def test_class_names_of_numbers_and_wordnet_ids_go_in_their_order(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("",), "1 images and no class folders; images must be in one folder per class: .*/CLASS/IMAGE"),
+        (("",), "1 image and no class folders; images must be in one folder per class: .*/CLASS/IMAGE"),
         (("train/a", "val/a"), "holds train, val, which are splits, not classes: name one of these folders"),
         (("n01440764", "n99999999", "misc"), "2 of 3 folders are not classes of imagenet: misc, n99999999"),
         (("only",), "there is only one class, only"),

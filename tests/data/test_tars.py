@@ -97,7 +97,7 @@ def test_declared_sizes_are_not_believed(tmp_path: Path, kind: str, caplog: pyte
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
     assert source.captions(0) == ("one",) and source[0].image.size == (16, 8)
-    assert f"{path}: cut off or damaged after 1 samples, which are used: " in caplog.text
+    assert f"{path}: cut off or damaged after 1 sample, which is used: " in caplog.text
     path.write_bytes(HOSTILE[kind] + END)
     with pytest.raises(ValueError, match=re.escape(f"{path}: not a tar file, or one that is cut off")):
         open_source(str(path))
@@ -138,7 +138,7 @@ def test_tars_put_together_are_read_to_the_end(
     path.write_bytes(PAIR + END + b"something else" * 99)
     assert len(open_source(str(path))) == 1
     assert (
-        f"{path}: cut off or damaged after 1 samples, which are used: no tar header after the end of the archive"
+        f"{path}: cut off or damaged after 1 sample, which is used: no tar header after the end of the archive"
         in caplog.text
     )
 

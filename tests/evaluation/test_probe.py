@@ -166,7 +166,7 @@ def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogC
     with pytest.raises(ValueError, match="digits: the usable images must have at least two classes, got 1"):
         linear_probe(embedder, of_classes(source, {3}, 8), few)
     linear_probe(embedder, of_classes(source, {3, 5}, 20), few, features="embedding")
-    assert "1 classes of digits have no images in digits: eight" in caplog.text
+    assert "1 class of digits without images in digits: eight" in caplog.text
     unnamed = Unlabelled(few, range(6))
     for options in ({"test": unnamed}, {"test": few, "val": unnamed}):
         with pytest.raises(ValueError, match="digits: none of the images has a class"):

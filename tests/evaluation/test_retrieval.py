@@ -239,7 +239,7 @@ def test_repeated_captions_are_told(
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path))
     found = evaluated(checkpoint, "digits", tmp_path / "r.json")
     assert found["images"] == 360 and found["repeated_captions"] == found["captions"]
-    assert "captions also belong to other images" in capsys.readouterr().out
+    assert "captions that also belong to other images: " in capsys.readouterr().out
     one = evaluated(checkpoint, "digits", tmp_path / "r.json", "--unique-captions")
     assert one["captions"] < found["captions"] and one["unique_captions"]
     assert "other images" not in capsys.readouterr().out

@@ -10,6 +10,7 @@ from fastclip.cli.help import describe
 from fastclip.cli.pictures import DATA, add_top
 from fastclip.cli.printing import say
 from fastclip.data.faults import shown
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -63,7 +64,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         say(answer.query.line)
         for picture in pictures:
             say(f"  {picture['score']:.3f}  {shown(str(picture['key']))}")
-    say(f"{len(composed.source):,} images, {len(answers):,} queries, {composed.skipped:,} images cannot be used")
+    counts = counted(len(composed.source), "image"), counted(len(answers), "query", "queries")
+    say(f"{', '.join(counts)}, {counted(composed.skipped, 'image')} cannot be used")
     if composed.metrics:
         row = [embedder.name, *(100 * value for value in composed.metrics.values())]
         say(table(("", "R@1", "R@5", "R@10"), [row]))

@@ -9,6 +9,7 @@ from fastclip.cli.embedding import embedder_of
 from fastclip.cli.help import describe
 from fastclip.cli.pictures import DATA, REFERENCE
 from fastclip.cli.printing import say
+from fastclip.system.plural import counted
 
 __all__ = ["add"]
 
@@ -66,10 +67,11 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     rows = {embedder.name: recalls} | RETRIEVAL.get(args.reference or _reference(source), {})
     say(table(_HEAD, [[name, *(row.get(key) for key in _KEYS)] for name, row in rows.items()]))
     images, captions = len(retrieval.keys), len(retrieval.texts)
-    say(f"{images:,} images, {captions:,} captions, {retrieval.skipped:,} images cannot be used")
+    skipped = counted(retrieval.skipped, "image")
+    say(f"{counted(images, 'image')}, {counted(captions, 'caption')}, {skipped} cannot be used")
     if retrieval.repeated and not args.unique_captions:
         say(
-            f"{retrieval.repeated:,} captions also belong to other images, and these images count as wrong answers; "
+            f"captions that also belong to other images: {retrieval.repeated:,}; these images count as wrong answers; "
             "with --unique-captions they count as right answers"
         )
     if args.details:

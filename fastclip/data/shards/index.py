@@ -31,6 +31,7 @@ from fastclip.data.shards.samples import FAULTS, UNTOLD, WANTED, Sample, shard_s
 from fastclip.data.shards.tar_index import BLOCK, read_exactly, tar_members
 from fastclip.system import env
 from fastclip.system.durable import mend_files, write_bytes
+from fastclip.system.plural import counted
 from fastclip.system.reading import parse_json
 
 __all__ = ["ROW", "ShardIndex", "Stamp", "index_of", "index_shards", "stamp_of"]
@@ -196,4 +197,5 @@ def _damage(samples: Sequence[Sample], broken: str, passed: Tally, name: str) ->
     if not usable:
         causes = Tally(Fault(FAULTS[sample.state][0], sample.key, "") for sample in samples)
         raise ValueError(f"{name}: none of {len(samples)} samples can be used: {causes}{but}")
-    return f"cut off or damaged after {usable} samples, which are used: {broken}" if broken else ""
+    used = f"{counted(usable, 'sample')}, which {'is' if usable == 1 else 'are'} used"
+    return f"cut off or damaged after {used}: {broken}" if broken else ""

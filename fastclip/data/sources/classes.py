@@ -13,6 +13,7 @@ from fastclip.data.classes.names import WORDNET_ID, join_names, shown_names
 from fastclip.data.files import subfolders
 from fastclip.data.source import PictureFiles, class_captions
 from fastclip.data.sources.folder import pictures
+from fastclip.system.plural import counted
 
 __all__ = ["SPLITS", "ClassFolder"]
 
@@ -71,7 +72,8 @@ def _class_folders(folder: Path) -> list[str]:
     wanted = f"images must be in one folder per class: {folder}/CLASS/IMAGE"
     if not names:
         flat = sum(1 for _ in pictures(folder))
-        raise ValueError(f"{folder}: {f'{flat} images and ' if flat else ''}no class folders; {wanted}")
+        flat_images = f"{counted(flat, 'image')} and " if flat else ""
+        raise ValueError(f"{folder}: {flat_images}no class folders; {wanted}")
     if set(names) <= SPLITS:  # as classes they would make a model learn to tell train from val
         raise ValueError(f"{folder} holds {', '.join(names)}, which are splits, not classes: name one of these folders")
     return sorted(names, key=int) if all(map(_is_number, names)) else names
