@@ -1,7 +1,8 @@
 """Gradients of the contrastive statistics: the weights of a block of logits, which `gradients.py` turns into gradients.
 
 i and j index the M images and N texts of a block, D is the embedding size. r_i and c_j are the factors that the dot
-products are multiplied by. d_i and d_j are the derivatives of the loss by the statistics of a row and of a column.
+products are multiplied by. d_i and d_j are the derivatives of the loss with respect to the log-sum-exps of row i and of
+column j, d_pos_i and d_pos_j those with respect to the sums of their positive logits, all times the gain (see tile.py).
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ _PARTS = 4096  # partial sums of d_scale added per step
 class BwdVectors(NamedTuple):
     """Vectors of one side as device values. `vec` points to the first row (or column) of the block."""
 
-    vec: Any  # (planes, plane) fp32
-    plane: Any  # fp32 words between two planes
+    vec: Any  # (planes, words per plane) fp32
+    plane: Any  # words per plane: the distance from one plane to the next
     k0: Any  # first row (or column) of the tile
     size: Any  # rows (or columns) of the block
 
@@ -66,7 +67,7 @@ def _weigh(
     dot, row, col, constants_ptr, weights, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Store the weights of a tile of dot products that starts at (row.k0, col.k0); return d_scale by rows."""
+    """Store the weights of a tile of dot products that starts at (row.k0, col.k0); return d_scale per row."""
     i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
     i0, j0, M, N = row.k0, col.k0, row.size, col.size
     row_factor, col_factor = _plane(row, FACTOR, i), _plane(col, FACTOR, j)[None, :]
@@ -94,7 +95,7 @@ def _weigh(
                 else:
                     d = tl.where(positive, _plane(col, POS_EXACT, j)[None, :], d)
                     lse2 = tl.where(positive, _plane(col, POS_LSE2, j)[None, :], lse2)
-            # An empty set has d = 0 and an arbitrary log-sum-exp. Its exponential may be infinite, and 0 inf is NaN.
+            # An empty set has d = 0 and an arbitrary log-sum-exp. Its exponential may be infinite, and 0 * inf is NaN.
             g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
         # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
@@ -164,7 +165,7 @@ def contrastive_bwd_kernel(
     col_vec_ptr,  # (planes, col_plane) fp32
     row_plane,
     col_plane,
-    constants_ptr,  # REPAIR decides on the device whether the EXACT launch or the other one does the work
+    constants_ptr,  # REPAIR decides on the device whether the EXACT or the fast launch does the work
     weights,  # (M, N) padded to whole tiles, in the features' dtype
     part_ptr,  # (tiles,) fp32
     M,
@@ -179,8 +180,8 @@ def contrastive_bwd_kernel(
     """Weights r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 
     Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
-              G = E (a_i + b_j) at negatives, with a_i and b_j from the plane NEG
-              G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS, with a'_i and b'_j from POS
+              G = E (a_i + b_j) at negatives, with a_i = d_i exp(offset - lse_i), b_j = d_j exp(offset - lse_j): NEG
+              G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS, a' and b' for their log-sum-exps: POS
               G = 0 at the diagonal without LABELS, because the finish adds those positives in fp32
               EXACT replaces E (a_i + b_j) by d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j), two exponentials per logit
               part = sum of r_i G_ij c_j <image_i, text_j> over a tile, from G before it is rounded
@@ -191,7 +192,7 @@ def contrastive_bwd_kernel(
     Ragged    rows >= M and columns >= N get the weight 0
     Order     every tile stores its partial sum of d_scale: bitwise repeatable
     """
-    # Both variants are always launched and one of them returns at once: the host never waits for the answer
+    # Both variants are always launched, and one of them returns at once: the host need not wait for the value of REPAIR
     repair = tl.load(constants_ptr + REPAIR) != 0
     if EXACT:
         if repair:

@@ -1,8 +1,9 @@
 """Vectors of both sides, from which the tile kernels form the weights of the logits.
 
-They are made from the statistics of the forward pass and the loss's derivatives by them. The weight of a logit z is
-d exp(z - lse), with a row's (or column's) derivative d and log-sum-exp lse. The tile kernel computes exp(z - offset)
-once for rows and columns, so the rest, d exp(offset - lse), is a vector.
+They are computed from the statistics of the forward pass and the loss's derivatives with respect to these statistics.
+A row (or column) with the log-sum-exp lse, and the derivative d with respect to it, gives a logit z the weight
+d exp(z - lse). The tile kernel computes exp(z - offset) once for rows and columns. The other factor,
+d exp(offset - lse), is a vector.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 
 # More planes of the vectors, after those of `gradients.py`. NEG: weight of the negatives for the shared offset.
 # NEG_EXACT and NEG_LSE2: weight and log2-sum-exp of the negatives for a repair. With labels, LABEL holds the labels (as
-# int32 bits), POS... are the same for the positives, and DIAGONAL holds d_pos.
+# int32 bits), POS, POS_EXACT and POS_LSE2 are the same for the positives, and DIAGONAL holds d_pos.
 NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
@@ -47,7 +48,7 @@ _BLOCK = 1024  # rows per program of the two kernels of this module
 
 @triton.jit
 def largest_finite(x, in_rows):
-    """Return the magnitudes of `x`, and 0 where `x` is NaN or infinite or beyond the rows."""
+    """Return the magnitudes of `x`, and 0 for elements that are NaN, infinite or beyond the last row."""
     x = tl.abs(x)
     return tl.where(in_rows & (x < INF), x, 0.0)
 
@@ -62,9 +63,9 @@ def _magnitude(x_ptr, k, in_rows):
 def gain_of(largest):
     """Return the power of two that brings all weights into the range of float16, from the `largest` derivative (fp64).
 
-    A mean loss over N pairs has derivatives of about 1 / N, which float16 would flush to zero. |G| is at most four
-    derivatives, each below twice the power of two, and both factors of fp16 features are below 2: with
-    1024 / high_bit a weight stays below 2^15. A power of two changes no digit.
+    A mean loss over N pairs has derivatives of about 1 / N, which float16 would flush to zero. |G| is at most the sum
+    of four derivatives, each below 2 high_bit, and both factors of fp16 features are below 2. With the gain
+    1024 / high_bit a weight therefore stays below 2^15. A power of two changes no digit.
     """
     return 1024.0 / high_bit(tl.minimum(tl.maximum(largest, 1e-34), 1e34))
 
@@ -124,7 +125,7 @@ def contrastive_bwd_largest_kernel(
 ):
     """Largest finite derivative and, without NORMALIZE, largest norm of every BLOCK images or texts.
 
-    A launch of its own, because the gain and the bound must be known before the first vector is written.
+    This is a separate launch, because the gain and the bound must be known before the first vector is written.
     """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     top_ptr, largest_ptr = top_ptr + block, largest_ptr + block

@@ -105,7 +105,7 @@ def _statistics_tile(
         # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
-        if LABELS:  # a term that flushed to 0 would look like an empty set, for which the reduction asks no repair
+        if LABELS:  # a term that flushed to 0 would look like an empty set, which requests no repair
             e = tl.maximum(e, tl.where(i < M - i0, _SMALLEST, 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
     diagonal = on_diagonal(i, j, i0, j0, offset)
     if LABELS:
@@ -165,7 +165,7 @@ def contrastive_fwd_kernel(
     LABELS: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     EXACT: tl.constexpr,
-    MAXIMA: tl.constexpr,  # with EXACT
+    MAXIMA: tl.constexpr,  # only if EXACT
     CONFIG: tl.constexpr,
 ):
     """Sums of exponentials along the rows and columns of every tile. The logits are never stored.
@@ -176,7 +176,7 @@ def contrastive_fwd_kernel(
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
               EXACT launches persistent programs that stride over the tiles
     Traffic   reads image once per tile column and text once per tile row
-              writes 4 planes (M tiles_n + N tiles_m) bytes, twice that if EXACT
+              writes 4 * planes * (M tiles_n + N tiles_m) bytes, twice that if EXACT
     Precision products in the input dtype, accumulation and exponentials in fp32, base 2
     Ragged    rows >= M and columns >= N are masked out of the sums, the D tail loads as 0
     Order     every tile stores its own partial sums, which the reduction adds in tile order: bitwise repeatable
@@ -220,7 +220,7 @@ def _statistics(
     row_out, col_out = (x.new_empty(planes, size, dtype=torch.float64) for size in (M, N))
     # A repair stores fp64 into the same memory, over the partial sums that it replaces
     row_part, col_part = (x.new_empty(planes * size, dtype=torch.float64) for size in (tiles_n * panel, tiles_m * N))
-    # Only the EXACT variant computes the largest logits. The other one need not run if they are asked for.
+    # Only the EXACT variant computes the largest logits. The fast variant need not run if they are requested.
     for statistics in (exact,) if maxima else (fast, exact):
         repair = statistics is exact
         parts = (row_part, col_part) if repair else (row_part.view(torch.float32), col_part.view(torch.float32))
@@ -262,10 +262,12 @@ def contrastive_fwd(
 ) -> tuple[Tensor, ...]:
     """Compute the row and column statistics of image (M, D) and text (N, D).
 
-    Arguments and results are those of the reference's `contrastive_fwd`. 2 M N D operations: the norms, then four
-    launches per panel of rows, without host synchronisation. All logits share one offset of the exponential. If that
-    loses terms of a sum, the second half of the launches repairs the result with row and column maxima. Otherwise they
-    return at once. tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`.
+    Arguments and results are those of the reference's `contrastive_fwd`. It takes 2 M N D operations: a launch for the
+    norms, then four launches per panel of rows, without host synchronisation. All logits share one offset of the
+    exponential. If terms of a sum flush to zero under this offset, the second half of the launches repairs the result
+    with row and column maxima. Otherwise these launches return at once.
+
+    tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`.
     """
     n = norms(image, text, scale, offset, normalize, labels is not None)
     if maxima:

@@ -23,7 +23,7 @@ def reduce_plane(
     part_ptr, before, constants_ptr, tiles, size, k, alone, first, last, LABELS: tl.constexpr, EXACT: tl.constexpr,
     IS_SUM: tl.constexpr, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Reduce elements k of one side's partial results (tiles, size) and the result `before` them; return fp64.
+    """Reduce elements k of one side's partial results (tiles, size), merge in the earlier result `before`; return fp64.
 
     A column's partial results come panel by panel of rows: `before` is the result of the panels so far, and the `first`
     panel has none. The result is finished (logarithm, offset, natural units) on the `last` panel. k = `alone` is an
@@ -117,7 +117,7 @@ def contrastive_fwd_reduce_kernel(
     Math      row_i = log(sum of the tiles' parts) + offset, where EXACT parts are log2 of the tiles' sums
     Program   BLOCK rows, and after them BLOCK columns
     Traffic   reads every partial sum once, twice if EXACT
-    Precision fp64, and sums of exp(z - offset) below e^-62 ask for a repair, because terms of them may have flushed
+    Precision fp64, and sums of exp(z - offset) below e^-62 request a repair, because terms of them may have flushed
     Ragged    rows and columns beyond M and N are not read
     Order     tiles and panels from first to last: bitwise repeatable
     """

@@ -143,7 +143,7 @@ def bound_of(scale, top_ptr, rows, cols, NORMALIZE: tl.constexpr, BLOCK: tl.cons
 def set_constants(constants_ptr, scale, bound, store):
     """Store SCALE, BOUND and OFFSET2 if `store`; return OFFSET2.
 
-    The offset is 0 if no logit is above REACH, because subtracting a larger offset costs digits of the exponent.
+    The offset is 0 if no logit is above REACH, because subtracting a nonzero offset costs digits of exp's argument.
     """
     offset2 = tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E
     if store:
@@ -172,7 +172,7 @@ def norms_kernel(
     """Inverse norms of all rows and, without labels, the logits of the positives.
 
     Math      r_i = 1 / max(|image_i|, 1e-12) with NORMALIZE, else 1
-              row_pos_i = s r_i c_j <image_i, text_j> with j = i + offset, the texts (c_j, col_pos_j) likewise
+              row_pos_i = s r_i c_j <image_i, text_j> with j = i + offset; the same for the texts (c_j, col_pos_j)
               top = largest r_i |image_i| of a program's rows
     Program   BLOCK rows of images or of texts, program 0 also writes the constants if NORMALIZE
     Traffic   reads every row twice, as itself and as the partner of its pair
@@ -211,7 +211,7 @@ def high_bit(x):
 
 @triton.jit
 def without_power(inv):
-    """Split `inv` into a factor in [1, 2) and a power of two, both fp32."""
+    """Split `inv` into a factor in [1, 2) and a power of two, both fp32; return the two."""
     power = high_bit(inv.to(tl.float64))
     return (inv.to(tl.float64) / power).to(tl.float32), power.to(tl.float32)
 
@@ -244,7 +244,7 @@ def copy_rows_kernel(
     Math      out_k = 2^e x_k and factor_k = inv_k / 2^e in [1, 2)
     Program   BLOCK rows
     Traffic   reads and writes every row once
-    Precision exact, except that elements 2^-24 below the norm of their row may flush in fp16
+    Precision exact, except that elements smaller than 2^-24 times the norm of their row may flush in fp16
     Ragged    rows beyond the last are not written, columns from D to the row stride become 0
     Order     one program copies a whole row: bitwise repeatable
     """

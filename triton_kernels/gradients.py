@@ -1,12 +1,12 @@
 """Gradients from weights: blocks of stored weights, the library's products with the features, and the finish kernel.
 
 The weights r_i G_ij c_j of a block are needed twice: their rows sum to d_image, their columns to d_text. A fused kernel
-could keep one of the two sums on chip and would need float atomics, in no fixed order, for the other. The block is
+could keep one of the two sums on chip, but would need float atomics, whose order varies, for the other. The block is
 therefore stored once, and two library GEMMs read it. Positives on the diagonal are not in the block: the finish adds
 them in fp32, because they are the largest weights of a row and would lose the most if rounded to 16 bits.
 
-The vectors of one side, fp32 (planes, size), hold what the tile kernels and the finish need for each row. Labels are
-stored among them as the bits of int32 numbers.
+The vectors of one side, fp32 (planes, size), hold what the tile kernels and the finish need for each row. The plane
+of the labels holds the bits of int32 numbers.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def add_products(
 
 
 class Gradients:
-    """Gradients of a problem that is cut into blocks of weights; `kinds` are the tiles that may compute a block."""
+    """Gradients of a problem that is cut into blocks; `kinds` are the tile configurations that may compute a block."""
 
     def __init__(
         self, image: Features, text: Features, D: int, block: tuple[int, int], kinds: tuple[Config, ...]
@@ -262,7 +262,7 @@ class Gradients:
         self.finish_parts = ceil_div(self.M, FINISH["BLOCK"])
 
     def tiles(self, rows: int, columns: int) -> int:
-        """Number of partial sums of a block: its tiles in the finest kind, rounded up to a multiple of 4."""
+        """Number of partial sums of a block: its tiles in the finest configuration, rounded up to a multiple of 4."""
         # 4 fp32 numbers are 16 bytes: every block's partial sums start aligned, for which the kernels are compiled
         return max(ceil_div(rows, kind.BLOCK_M) * ceil_div(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
 

@@ -35,7 +35,7 @@ __all__ = [
 # addmm of torch before 2.10 adds to the dtype of its operands only, not to fp32 sums of 16-bit products
 _OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
 
-_DEFAULT_PROCESSORS = 132  # of an H100, for when there is no GPU to ask
+_DEFAULT_PROCESSORS = 132  # of an H100; used if there is no GPU
 
 
 class Config(NamedTuple):
@@ -47,7 +47,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     SPLIT: int = 1  # column parts of a tile, which the epilogue handles one after the other to save registers
-    # Set by `TileLaunch` from the features; the kernel is compiled for them
+    # `TileLaunch` sets these three from the features; the kernel is compiled for their values
     DESCRIPTOR: bool = False
     EVEN_K: bool = False
     PRECISION: str = "ieee"
@@ -192,7 +192,7 @@ def _kind(x: Any) -> Any:
     """Return the properties of a run-time argument that Triton specialises a kernel by.
 
     They are its type, its alignment to 16 and whether it is 1. The alignment decides whether a compiled kernel may use
-    16-byte accesses: a kernel reused for a less aligned pointer would fault.
+    16-byte accesses: such a kernel would fault with a less aligned pointer.
     """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
@@ -330,7 +330,7 @@ def fp32_products() -> str:
     if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
     asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if asked is None:  # older torch. A newer one must not be asked this way: it raises once fp32_precision was set
+    if asked is None:  # older torch. The next call raises in a newer torch if fp32_precision was set
         asked = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if asked == "tf32" else "tf32x3"
 

@@ -6,9 +6,9 @@ torch and in further kernels. Here the reduction computes them, because with few
 needs to start its kernels.
 
 The launches of a signature are the same every time, so a `Sequence` replays them from addresses. The code below
-therefore handles tensors on the first call and integers (`known`) on later calls: the names `s`, `w` and `wide` stand
-for the start of the saved vectors, of the workspace as fp32 and of the workspace as fp64, and `base + n` is n bytes
-further in either case.
+therefore handles tensors on the first call, and integers on later calls (`known` is then True). The names `s`, `w` and
+`wide` stand for the start of the saved vectors, of the workspace as fp32 and of the workspace as fp64. `base + n` is n
+bytes further in either case.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class _Plan:
         blocks = [(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns]
         self.parts = [sum(weighing.tiles(*block) for block in blocks) for weighing in self.weighing]
         self.block_m = min(block_m, N)  # rows of a product
-        self.raw_image = block_m * self.block_n * size // 4  # after a block of weights, in whole tiles
+        # The raw sums follow the weights of a block, which is padded to whole tiles
+        self.raw_image = block_m * self.block_n * size // 4
         self.raw_text = self.raw_image + self.block_m * self.width
         self.part = ceil_div(self.raw_text + N * self.width, 16) * 16
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
@@ -158,8 +159,8 @@ def plain_fwd(
     """Return the loss () of image, text (N, D), and the fp32 vector (`plain_saved(N)`,) that the backward needs.
 
     The loss is w mean_i softplus(row_neg_i - row_pos_i) + (1 - w) mean_j softplus(col_neg_j - col_pos_j) with w =
-    `image_weight`. 2 N^2 D operations in five launches, without host synchronisation. Features that are not normalised
-    need one launch more, and rows that must be copied another one.
+    `image_weight`. It takes 2 N^2 D operations in five launches, without host synchronisation. Features that are not
+    normalised need one more launch, and so do rows that must be copied.
     """
     plan, image, text = plan_of(_Plan, image, text, scale, (normalize,), env.workspace_bytes("cuda"))
     N, D, pairs, at = plan.N, plan.D, plan.pair_programs, plan.fwd_work
@@ -284,9 +285,9 @@ def plain_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of image, text (N, D), in their dtype, and of scale () in fp32, each None unless needed.
 
-    saved: the vector that `plain_fwd` returned. d_loss: () fp32, the upstream gradient. 6 N^2 D operations. If the
-    weights fit into the workspace at once, these are three launches and two products of the library, and one launch
-    more for rows that must be copied.
+    saved: the vector that `plain_fwd` returned. d_loss: () fp32, the upstream gradient. It takes 6 N^2 D operations.
+    If all weights fit into the workspace, these are three launches and two products of the library, and one more launch
+    if rows must be copied.
     """
     needs_image, needs_text, needs_scale = needs
     if not (needs_image or needs_text or needs_scale):

@@ -1,6 +1,6 @@
 """Finish kernel of the plain case's backward.
 
-The forward has computed the vectors for an upstream gradient of 1. The finish multiplies the true one in.
+The forward has computed the vectors for an upstream gradient of 1. The finish multiplies by the true one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plain_finish_kernel(
     row,  # a `FinishSide`, whose raw (rows, ...) starts at image i0
     col,  # a `FinishSide` of all texts
     constants_ptr,
-    upstream_ptr,  # () fp32: the derivative by the loss
+    upstream_ptr,  # () fp32: the upstream gradient
     part_ptr,  # (parts,) fp32: the tiles' partial sums of d_scale; read with D_SCALE
     d_scale_ptr,  # () fp32; written with D_SCALE
     fast_parts,  # number of partial sums without a repair

@@ -61,7 +61,7 @@ def plain_norms_kernel(
     vec_ptr,  # (2 PLANES, plane) fp32: FACTOR, OUT and PROJECT are written
     cos_ptr,  # (N,) fp64
     top_ptr,  # (2 programs,) fp32; not written with NORMALIZE
-    ticket_ptr,  # (2,) int32, set to 0 for the two reductions
+    ticket_ptr,  # (2,) int32: tickets of the two reductions, which count finished programs; set to 0
     N,
     D,
     NORMALIZE: tl.constexpr,
@@ -71,7 +71,7 @@ def plain_norms_kernel(
 ):
     """Factors of all rows, and the cosines of the pairs.
 
-    Math      r_k = 1 / max(|image_k|, 1e-12) with NORMALIZE, else 1, and c_k likewise for text_k
+    Math      r_k = 1 / max(|image_k|, 1e-12) with NORMALIZE, else 1, and c_k in the same way for text_k
               cos_k = r_k c_k <image_k, text_k>
               FACTOR_k = r_k, or r_k / 2^e with COPY, for rows that are copied times OUT_k = 2^e
     Program   BLOCK pairs, program 0 also writes the constants if NORMALIZE
@@ -106,8 +106,8 @@ def _weigh_pairs(
 ):  # fmt: skip
     """Store the vectors of pairs k and the program's partial sums of the loss and of d_scale.
 
-    The vectors carry the gain of the largest derivative among these pairs only: the largest of all is not known before
-    every program is done. `_finish_loss` brings them to one common gain.
+    The vectors are multiplied by a gain from the largest derivative among these pairs only, because the largest of all
+    is not known before every program is done. `_finish_loss` brings them to one common gain.
     """
     cos = tl.load(cos_ptr + k, mask=in_rows, other=0.0)
     pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
@@ -138,7 +138,7 @@ def _finish_loss(
 ):  # fmt: skip
     """Store the loss, the diagonal pairs' part of d_scale and the common gain, from the (3, blocks) partial sums.
 
-    One program runs this after all `blocks` have stored. It adds in index order, whichever program it is.
+    One program runs this after all `blocks` have stored. It adds in index order, so any program gives the same bits.
     """
     b = tl.arange(0, BLOCK)
     loss, diagonal = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
@@ -153,7 +153,7 @@ def _finish_loss(
     tl.store(loss_ptr, tl.sum(loss, 0).to(tl.float32))
     tl.store(constants_ptr + DIAGONAL_SHARE, (tl.sum(diagonal, 0) * gain).to(tl.float32))
     tl.store(constants_ptr + GAIN, gain.to(tl.float32))
-    # Bring all vectors to the smallest gain, in which no weight overflows. Gains are powers of two: no digit changes.
+    # Bring all vectors to the smallest gain, with which no weight overflows. Gains are powers of two: no digit changes.
     if tl.max(largest, 0) != gain:
         plane = plane_of(N)
         for k0 in range(0, N, WIDE):
@@ -175,7 +175,7 @@ def plain_reduce_kernel(
     cos_ptr,  # (N,) fp64
     vec_ptr,  # (2 PLANES, plane)
     share_ptr,  # (3, programs) fp64
-    ticket_ptr,  # () int32, 0 at the start; used with TICKET
+    ticket_ptr,  # () int32: atomic counter of the programs that are done, 0 at the start; used with TICKET
     constants_ptr,
     loss_ptr,  # () fp32; written with TICKET
     tiles_m,
@@ -194,7 +194,7 @@ def plain_reduce_kernel(
     Math      row_t = row_lse_k - s cos_k and col_t = col_lse_k - s cos_k
               loss = w mean_k softplus(row_t) + (1 - w) mean_k softplus(col_t)
               d_row = w sigmoid(row_t) / N and d_col = (1 - w) sigmoid(col_t) / N
-    Program   BLOCK pairs, an EXACT launch returns at once unless a repair was asked for
+    Program   BLOCK pairs, an EXACT launch returns at once unless a repair was requested
     Traffic   reads every partial sum once, twice if EXACT, and writes the vectors
     Precision fp64, vectors rounded to fp32 once, times a power of two that keeps weights from flushing
     Ragged    rows beyond N are not read

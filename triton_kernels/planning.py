@@ -1,6 +1,6 @@
 """Plans: everything that depends only on a problem's signature (shapes, strides, dtypes, options) is computed once.
 
-With few rows a step waits for the host, so even the arithmetic that places the parts of a workspace is kept.
+With few rows a step waits for the host, so even the computed layout of a workspace is kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def remember(key: Any, plan: Any) -> Any:
 
 
 def cut(**sizes: int) -> SimpleNamespace:
-    """Lay out parts of these sizes (bytes) in a workspace; return the first byte of each by name, and the `end`."""
+    """Lay out parts of these sizes (bytes) in a workspace.
+
+    Returns the first byte of each part under the part's name, and the `end` of the last.
+    """
     starts, end = {}, 0
     for name, size in sizes.items():
         starts[name] = end

@@ -20,8 +20,8 @@ __all__ = ["Base", "Sequence"]
 _runtime = triton.knobs.runtime
 _HookChain = getattr(triton.knobs, "HookChain", None)
 _TRITON = triton.__version__.rpartition(".")[0]
-# Releases of Triton whose CudaLauncher has been checked against `_known`. With others kernels are started through the
-# launcher's public call, which does more work on the host.
+# Releases of Triton whose CudaLauncher has been checked against `_known`. With other releases, kernels are started
+# through the launcher's public call, which does more work on the host.
 _READ_LAUNCHERS = ("3.7", "3.8")
 _ELEMENTS = {**{k: k for k in range(16)}, 8: 10, 9: 8, 10: 9}  # Triton's TMA_DTYPE_DEVICE_TO_HOST
 
@@ -40,11 +40,12 @@ class Sequence:
     """Launches whose kernels and grids depend only on a problem's signature.
 
     The first time, `launch` starts each kernel from tensors and tensor descriptors. If all of them can be reused, later
-    calls start them from addresses, also in place of descriptors, and no argument is inspected again. The caller must
-    therefore keep shapes, dtypes and the alignment of addresses the same: they belong to the key of its plan.
+    calls start them from addresses, which replace tensors and descriptors, and no argument is inspected again. The
+    caller must therefore keep shapes, dtypes and the alignment of addresses the same: they belong to the key of its
+    plan.
 
         start, known = sequence.begin()
-        start(kernel, grid, arguments, options)  # grid: a number, or (function, its arguments), called the first time
+        start(kernel, grid, arguments, options)  # grid: a number, or (function, its arguments), called once
         if not known:
             sequence.keep(start)
     """
@@ -57,7 +58,7 @@ class Sequence:
             self.device, self.stream = driver.get_current_device(), driver.get_current_stream
 
     def begin(self) -> tuple[Any, bool]:
-        # A hook, such as a profiler's, is called by Triton's launcher only: with one installed nothing is replayed
+        # Only Triton's launcher calls hooks (a profiler's, for example): if there is a hook, nothing is replayed
         for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
             if hook is not None and (hook.__class__ is not _HookChain or hook.calls):
                 return _First(), False

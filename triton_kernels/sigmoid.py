@@ -2,7 +2,7 @@
 
 The weight of a pair depends on no sum over other pairs, so the forward can store weights right away: norms with the
 diagonal pairs, tiles, two products, and a finish that adds up the scalars. The backward multiplies the gradients by the
-loss's own derivative. The same code serves N pairs of one process and M images of a rank with the N texts of all.
+upstream gradient. The same code serves N pairs of one process and M images of a rank with the N texts of all.
 
 As in `plain.py`, a `Sequence` replays the launches of a signature from addresses. `w` and `wide` are the start of the
 workspace as fp32 and as fp64, tensors on the first call and integers later. `base + n` is n bytes further.
@@ -46,7 +46,7 @@ __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
 _PLANES = 4  # planes of each side's vectors
 _PARTS = 2048  # partial sums added per step
-_PRODUCT = {"BLOCK": 2048}  # numbers per program of the backward
+_PRODUCT = {"BLOCK": 2048}  # elements per program of the backward
 
 
 class _Plan:
@@ -220,10 +220,11 @@ def sigmoid_fwd(
     """Return the sigmoid loss and the gradients of image, text, scale and bias, each None unless `needs` asks for it.
 
     Formula and arguments are those of the reference's `sigmoid_fwd`. The loss () has `dtype`, the gradients of image
-    (M, D) and text (N, D) have `saved_dtype`, and scale, bias and their gradients are () fp32. 6 M N D operations with
-    gradients, 2 M N D without, no host synchronisation. Three launches and two products of the library. Float16
-    features that are not normalised need one launch more, and rows that must be copied another one. tiles: kernels that
-    compute the pairs in place of `sigmoid_fwd_kernel`.
+    (M, D) and text (N, D) have `saved_dtype`, and scale, bias and their gradients are () fp32.
+
+    It takes 6 M N D operations with gradients and 2 M N D without. It needs three launches and two library products,
+    and the host never waits. Float16 features that are not normalised need one more launch, and so do rows that must be
+    copied. tiles: kernels that compute the pairs in place of `sigmoid_fwd_kernel`.
     """
     needs_image, needs_text, needs_scale, needs_bias = needs = tuple(needs)
     if tiles is None:
@@ -260,17 +261,17 @@ def sigmoid_fwd(
 
 
 def _multiplying(image_size: int, text_size: int, scalars: bool) -> int:
-    """Number of programs of the backward: for the numbers of both gradients and, if needed, one for the scalars."""
+    """Number of programs of the backward: for the elements of both gradients and, if needed, one for the scalars."""
     return ceil_div(image_size, _PRODUCT["BLOCK"]) + ceil_div(text_size, _PRODUCT["BLOCK"]) + scalars
 
 
 def sigmoid_bwd(
     inputs: Ordered[Tensor], kept: Ordered[Tensor | None], d_loss: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients that `sigmoid_fwd` returned, times the derivative by the loss, in the dtypes of the inputs.
+    """Return the gradients that `sigmoid_fwd` returned, times the upstream gradient, in the dtypes of the inputs.
 
-    inputs: image and text first. kept: the four gradients, contiguous, or None. d_loss: (), converted by one more
-    launch if it is not fp32. One launch.
+    inputs: image and text first. kept: the four gradients, contiguous, or None. d_loss: () upstream
+    gradient. This is one launch, and a second one if d_loss must be converted to fp32.
     """
     image, text = inputs[0], inputs[1]
     if d_loss.dtype is not torch.float32:
@@ -279,7 +280,7 @@ def sigmoid_bwd(
     new = image.new_empty
     out_image = None if d_image is None else new(image.shape)
     out_text = None if d_text is None else new(text.shape)
-    # Two tensors and not one of two elements, because users may change gradients in place
+    # Two tensors rather than one of two elements, because users may change gradients in place
     out_scale = None if d_scale is None else new((), dtype=torch.float32)
     out_bias = None if d_bias is None else new((), dtype=torch.float32)
     # A gradient that is not needed is not read: any tensor can take its place

@@ -1,6 +1,6 @@
-"""Backward of the sigmoid loss: the gradients that the forward has computed, times the derivative by the loss.
+"""Backward of the sigmoid loss: the gradients that the forward has computed, times the upstream gradient.
 
-A kernel and not four torch operations, because with few rows a step waits for the host to start each of them.
+This is one kernel rather than four torch operations, because with few rows a step waits for the host to start each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def sigmoid_bwd_kernel(
     text_ptr,  # (text_size,): d_text of the forward
     scale_ptr,  # (): d_scale of the forward; read with SCALE
     bias_ptr,  # (): d_bias of the forward; read with BIAS
-    upstream_ptr,  # () fp32: the derivative by the loss
+    upstream_ptr,  # () fp32: the upstream gradient
     image_out_ptr,
     text_out_ptr,
     scale_out_ptr,  # ()
@@ -37,13 +37,13 @@ def sigmoid_bwd_kernel(
 ):
     """Saved gradients times the upstream gradient.
 
-    Math      out = upstream kept
-    Program   BLOCK numbers of d_image, and after them BLOCK numbers of d_text
+    Math      out = upstream * kept, kept being the gradient that the forward computed
+    Program   BLOCK elements of d_image, and after them BLOCK elements of d_text
               with SCALE or BIAS one more program, the last, multiplies the scalars
-    Traffic   reads and writes every number once
+    Traffic   reads and writes every element once
     Precision fp32 with one rounding to the dtype of the features, so a loss scaler's factor prevents flushing
-    Ragged    numbers beyond the last are not written
-    Order     one program per number, no sums: bitwise repeatable
+    Ragged    elements beyond the last are not written
+    Order     one program per element, no sums: bitwise repeatable
     """
     upstream = tl.load(upstream_ptr)
     block, image_blocks, text_blocks = tl.program_id(0), tl.cdiv(image_size, BLOCK), tl.cdiv(text_size, BLOCK)

@@ -49,7 +49,7 @@ def _log1p_of_small(t):
 def _store_constants(constants_ptr, scale, bound, bias, HALF: tl.constexpr):
     """Store SCALE and GAIN, the power of two that stored weights are multiplied by; 1 unless the features are fp16.
 
-    gain |G| < 2^14 follows from the bound on the logits. Without a gain the tiny weights of a solved batch would flush
+    gain |G| < 2^13 follows from the bound on the logits. Without a gain the tiny weights of a solved batch would flush
     to zero in fp16.
     """
     tl.store(constants_ptr + SCALE, scale)
@@ -80,7 +80,7 @@ def _store_vectors(
     loss, sigmoid = softplus(negated)
     g = tl.where(has_partner, -sigmoid, 0.0)
     tl.store(vec_ptr + DIAGONAL * plane + k, g.to(tl.float32), mask=in_rows)
-    # 0 negated is NaN for an infinite logit, which the softplus alone could turn into a loss of 0
+    # 0 * negated is NaN if the logit is infinite, for which softplus could return 0 and hide the overflow
     loss = tl.sum(tl.where(has_partner, loss + 0.0 * negated, 0.0), 0)
     return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has_partner, g * cos, 0.0), 0), tl.sum(g, 0)
 
@@ -95,7 +95,7 @@ def sigmoid_norms_kernel(
     row_vec_ptr,  # (planes, M): FACTOR, DIAGONAL, OUT, PROJECT
     col_vec_ptr,  # (planes, N)
     top_ptr,  # (programs,) fp32; written with BOUND
-    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; points behind the tiles' sums, one per program of images
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; points behind the tiles' sums; one sum per program of images
     parts,
     M,
     N,
@@ -110,7 +110,7 @@ def sigmoid_norms_kernel(
 ):
     """Vectors of all rows, and the diagonal pairs' partial sums of loss, d_scale and d_bias.
 
-    Math      r_i = 1 / max(|image_i|, 1e-12) with NORMALIZE, else 1, and c_j likewise for text_j
+    Math      r_i = 1 / max(|image_i|, 1e-12) with NORMALIZE, else 1, and c_j in the same way for text_j
               x = -(s r_i c_j <image_i, text_j> + b) for the diagonal pairs, j = i + offset
               loss = softplus(x) and DIAGONAL_i = -sigmoid(x)
               FACTOR_i = r_i, or r_i / 2^e with COPY, for rows that are copied times OUT_i = 2^e
@@ -158,7 +158,7 @@ def _pairs(
     dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Store the weights of a part of a tile that starts at column j0; return loss, d_scale and d_bias by rows.
+    """Store the weights of a part of a tile that starts at column j0; return loss, d_scale and d_bias per row.
 
     Without GRADIENTS nothing is stored, and the last two returned values have no meaning.
     """
@@ -230,7 +230,7 @@ def sigmoid_fwd_kernel(
     Math      x = s r_i c_j <image_i, text_j> + b and t = exp(-|x|), one exponential per logit
               loss = max(x, 0) + log1p(t)
               G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t), stored times the gain
-              diagonal pairs count 0 here, because the norms kernel and the finish add them
+              diagonal pairs contribute 0 here, because the norms kernel and the finish add them
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
     Traffic   reads image once per tile column and text once per tile row, writes the weights once
     Precision products in the input dtype, all else in fp32, weights rounded once to the dtype of the features
