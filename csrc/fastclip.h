@@ -23,13 +23,13 @@ typedef enum fastclip_status {
   FASTCLIP_CUDA_ERROR = 1000, /* FASTCLIP_CUDA_ERROR + e stands for the cudaError_t e */
 } fastclip_status;
 
-/* A block of the M_all x N_all logits that starts at row i0 and column j0, as dot products <I_i, T_j> in fp32. */
+/* The block of the M_all x N_all logits that starts at row i0 and column j0, as fp32 dot products <image_i, text_j>. */
 typedef struct fastclip_block {
   float* dot;         /* (M, N), rows `row_stride` apart */
   int64_t row_stride; /* >= N */
   int64_t M, N;       /* size of the block */
   int64_t i0, j0;     /* first row and column in the whole problem, which index the arrays of the sides below */
-  int64_t offset;     /* row i meets the diagonal in column i + offset, without labels its only positive */
+  int64_t offset;     /* row i meets the diagonal in column i + offset; without labels this is its only positive */
   int exclude_self;   /* with labels: pairs on the diagonal are neither positives nor negatives */
 } fastclip_block;
 
@@ -77,8 +77,8 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
                                  const fastclip_bwd_side* text, double* d_scale, int num_threads);
 
 /* Add one block of the sigmoid loss to *sums, with z_ij = dot_ij scale r_i c_j + bias. The positive of row i is column
- * i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, G = d loss / d z. Without, the block is not
- * changed and only sums->loss is valid. image_inv_norm, text_inv_norm: r and c; NULL on both sides means ones. */
+ * i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, G = d loss / d z. Otherwise the block is
+ * not changed and only sums->loss is valid. image_inv_norm, text_inv_norm: r and c; NULL on both sides means ones. */
 int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
                              double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads);
 
@@ -117,8 +117,8 @@ int fastclip_cpu_loss_fwd(const fastclip_loss* loss, const fastclip_block* block
 /* Overwrite one block of dot products with gain r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */
 int fastclip_cpu_loss_bwd(const fastclip_loss* loss, const fastclip_block* block, double* d_scale, int num_threads);
 
-/* Return scale / gain, the factor of the products of weights and features. *large becomes 1 if an outer is not 1. The
- * gain is a power of two that keeps the weights of a solved batch (1e-30 and less) from becoming subnormal. */
+/* Return scale / gain, the factor of the products of weights and features. *large becomes 1 if any outer factor is not
+ * 1. The gain is a power of two that keeps the weights of a solved batch (1e-30 and less) from becoming subnormal. */
 double fastclip_cpu_loss_factor(const fastclip_loss* loss, int* large);
 
 /* Select "avx512", "avx2" or "portable"; "auto" selects the best that this processor runs. For the whole process. */
@@ -146,7 +146,7 @@ enum {
   FASTCLIP_GAIN = 4,    /* power of two that the stored weights are multiplied by */
 };
 
-/* A block of logits z_ij = scale r_i c_j <I_i, T_j>; r, c: `factor` of the sides below. */
+/* A block of logits z_ij = scale r_i c_j <image_i, text_j>. r and c are `factor` of the sides below. */
 typedef struct fastclip_cuda_block {
   const void *image, *text;                  /* (M, D), (N, D), of `dtype`, aligned to 16 bytes */
   int64_t image_row_stride, text_row_stride; /* multiples of 8 */
@@ -169,7 +169,7 @@ typedef struct fastclip_cuda_fwd_side {
   float* part;          /* (1 or 3, tiles across, size) */
 } fastclip_cuda_fwd_side;
 
-/* One side of the backward problem, each (size,). */
+/* One side of the backward problem. Every vector is (size,). */
 typedef struct fastclip_cuda_bwd_side {
   const float* factor;
   const float* neg;     /* factor of 2^(log2(e) z - offset2) at a negative, times the gain */
@@ -191,7 +191,7 @@ int fastclip_cuda_contrastive_fwd(const fastclip_cuda_block* block, const fastcl
                                   const fastclip_cuda_fwd_side* text);
 
 /* weights (M, N) = gain r_i G_ij c_j in the dtype of the features, and 0 on the diagonal if there are no labels.
- * scale_part (tiles,) = sum_ij gain r_i G_ij c_j <I_i, T_j> of every tile, from the weights before rounding.
+ * scale_part (tiles,) = sum_ij gain r_i G_ij c_j <image_i, text_j> of every tile, from the weights before rounding.
  * weights must be aligned to 16 bytes; weights_row_stride must be a multiple of 8 and at least N. Columns from N to the
  * next multiple of 8 become 0. */
 int fastclip_cuda_contrastive_bwd(const fastclip_cuda_block* block, const fastclip_cuda_bwd_side* image,
@@ -267,12 +267,14 @@ int fastclip_cuda_loss_finish(const fastclip_cuda_loss* p, const void* saved, vo
 int fastclip_cuda_sigmoid_weights(const fastclip_cuda_loss* p, const float* bias, void* work, int64_t chunk,
                                   int64_t column, int gradients);
 
-/* Gradients / divisor. d_image and d_text are (N, D), in fp32 if the features are fp16; NULL is not computed. The last
- * chunk also writes d_scalars, the gradients by scale and bias, and the loss: a float, or a double if `wide`. */
+/* Gradients / divisor. d_image and d_text are (N, D), in fp32 if the features are fp16. A gradient that is NULL is not
+ * computed. The last chunk also writes d_scalars (the gradients of scale and bias) and the loss, a float, or a double
+ * if `wide`. */
 int fastclip_cuda_sigmoid_finish(const fastclip_cuda_loss* p, const float* bias, void* work, int64_t chunk,
                                  double divisor, void* loss, int wide, void* d_image, void* d_text, float* d_scalars);
 
-/* Gradients that a forward kept, in fp32 if the features are fp16, times *upstream. NULL is not computed. */
+/* Gradients that a forward kept, in fp32 if the features are fp16, times *upstream. A gradient that is NULL is not
+ * computed. */
 typedef struct fastclip_cuda_factors {
   const float* upstream;
   const void *kept_image, *kept_text;

@@ -145,7 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
         return d_scale;
       },
       py::call_guard<py::gil_scoped_release>());
-  m.def("loss_factor", [](uintptr_t saved, int64_t all) {  // returns the factor, and True if an outer is not 1
+  m.def("loss_factor", [](uintptr_t saved, int64_t all) {  // returns the factor, and whether any outer factor is not 1
     const fastclip_loss loss = loss_of(saved, all);
     int large = 0;
     const double factor = fastclip_cpu_loss_factor(&loss, &large);

@@ -74,8 +74,8 @@ struct TwoExp {
   }
 };
 
-// Weigh row i. `positive(j, lanes, g)` replaces the weights of positives in g, which has those of the negatives'
-// formula.
+// Weigh row i. On entry to `positive(j, lanes, g)`, g holds weights by the formula of the negatives. The function
+// replaces the weights of the positives among them.
 template <class Keep, class Negative, class Positive>
 float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t i, const Keep& keep_i,
               const Negative& negative, const Positive& positive) {

@@ -80,8 +80,8 @@ void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep
 template <class Keep>
 void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                       LogSum col) {
-  // The offset -inf of an empty set must not produce NaN. The offset +inf must: with FMA, which does not round the
-  // product first, the overflow of a logit would otherwise go unnoticed.
+  // The maximum -inf of an empty set must not produce NaN, so its offset is 0. The maximum +inf must produce NaN, so
+  // that a logit's overflow is noticed: FMA does not round the product to +inf before it subtracts the offset.
   const auto offset_of = [](float top) { return top == kNegInf ? 0.0f : top == -kNegInf ? top - top : top; };
   maxima(t, image, text, keep, row.max, col.max);
   for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);

@@ -27,7 +27,7 @@ struct Side {
   double *neg_max, *neg_sum, *pos;  // running sums, overwritten with the log-sum-exp and its derivative at the end
 };
 struct Saved {
-  double *gain, *large, *scale;  // large: not 0 if an outer is not 1
+  double *gain, *large, *scale;  // large: not 0 if any outer factor is not 1
   float *factor, *factor_low;    // vectors of the images
   Side image, text;
   static constexpr int64_t kFloats = 12, kDoubles = 6;  // numbers per pair
@@ -51,7 +51,7 @@ void begin(const fastclip_loss& loss, const Saved& s) {
   std::fill_n(loss.saved, FASTCLIP_LOSS_HEADER, 0.0);
   *s.scale = loss.scale;
   for (const Side* side : {&s.image, &s.text}) {
-    if (!loss.normalize) std::fill_n(side->inv_norm, 2 * loss.N, 1.0f);  // outer follows inv_norm
+    if (!loss.normalize) std::fill_n(side->inv_norm, 2 * loss.N, 1.0f);  // the outer factors follow inv_norm
     for (int64_t k = 0; loss.normalize && k < loss.N; ++k) *s.large += side->outer[k] != 1.0f;
     for (double* sums : {side->neg_max, side->neg_sum, side->pos}) std::fill_n(sums, loss.N, 0.0);
   }
@@ -83,7 +83,7 @@ void vectors(const Side& side, double gain, int64_t begin, int64_t end) {
     const double lost = std::fabs(side.neg[k]) < 0x1p40f ? exact - side.neg[k] : 0.0;
     side.d_neg[k] = static_cast<float>(d * std::exp2(-lost));
     side.d_pos[k] = static_cast<float>(-d);
-    side.neg_max[k] = side.neg_sum[k] = side.pos[k] = 0.0;  // the same bytes read as floats could be NaN
+    side.neg_max[k] = side.neg_sum[k] = side.pos[k] = 0.0;  // torch reads them as floats, which could be NaN
   }
 }
 

@@ -67,7 +67,7 @@ struct Finish {  // from rows of products to gradients
   float* raw;
   int64_t raw_stride;
   const float* inv_norm;  // null if the features are not normalised
-  const float* outer;     // null means ones
+  const float* outer;     // outer factors, see fastclip_cpu_norms; null means ones
   float factor;
 };
 

@@ -1,8 +1,9 @@
 // Weights gain r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 //
 //   Math      E = 2^(z2 - offset2), one exponential per logit
-//             G = E (a_i + b_j) at negatives, with a and b from `neg`
-//             G = E (a'_i + b'_j) + own_i + own_j at positives with labels, with a' and b' from `pos`
+//             G = E (a_i + b_j) at negatives, a_i = d_i 2^(offset2 - lse2_i) and b_j = d_j 2^(offset2 - lse2_j)
+//             G = E (a'_i + b'_j) + own_i + own_j at positives with labels, a' and b' from the positives' log-sum-exps
+//             the vectors `neg`, `pos` and `own` hold a and b, a' and b', and own, times the gain
 //             G = 0 on the diagonal without labels, because the finish adds those positives in fp32
 //   Program   see tile.cuh
 //   Traffic   writes 2 M N bytes
@@ -24,8 +25,8 @@ struct Weights {
   enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
   static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;
 
-  // Vectors are 0 outside the block, so weights and partial sums of d_scale are 0 there without a mask. Beside an
-  // infinite derivative they are NaN, as everywhere that an exponential flushes.
+  // Vectors are 0 outside the block, so weights and partial sums of d_scale are 0 there without a mask. If a
+  // derivative on the other side is infinite, they are NaN (0 * inf), as are weights whose exponential flushes to 0.
   template <class Vectors>
   static __device__ __forceinline__ void load(const Side& side, int k, bool some, Vectors& vectors, int slot) {
     vectors[kFactor][slot] = some ? side.factor[k] : 0.f;
@@ -49,7 +50,7 @@ struct Weights {
   template <bool kMask>
   static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weights>& t) {
     const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
-    // Each half has its own mask: the compiler would keep comparisons that both share in registers, which spill
+    // One mask per half: if the halves shared one, the compiler would keep its comparisons, and registers would spill
     Mask masks[kHalves] = {t.mask(), t.mask()};
     masks[1].diagonal += 64, forget(masks[1].diagonal);
     float d_scale = 0.f;
@@ -73,7 +74,7 @@ struct Weights {
         } else {
           g *= weight;
         }
-        if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // also an infinite one
+        if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // even if it is infinite
         g *= row[kFactor];
         d_scale = fmaf(g, dot, d_scale);
         weights[e] = g * col_factor;

@@ -1,9 +1,9 @@
 // Partial sums of exponentials along the rows and columns of every tile. The logits are never stored.
 //
-//   Math      z2_ij = log2(e) s r_i c_j <I_i, T_j> and E = 2^(z2 - offset2), one exponential per logit
+//   Math      z2_ij = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
 //             row and column sums of E over the negatives, with labels also of E and of z2 over the positives
 //   Program   see tile.cuh
-//   Traffic   writes 4 planes (M tiles_n + N tiles_m) bytes
+//   Traffic   writes 4 * planes * (M tiles_n + N tiles_m) bytes
 //   Precision fp32
 //   Ragged    see tile.cuh
 //   Order     every tile stores its own partial sums, see tile.cuh
@@ -53,8 +53,8 @@ struct Statistics {
         if constexpr (kLabels) label[half][h] = as_int(t.row(kLabel, half, h));
       }
     // A column is summed over this thread's rows, then over the eight lanes of the warp that share the column, then
-    // over the four warps. The loops visit together the columns that meet in one exchange, so that their registers are
-    // free again early: with labels, summing column by column would spill.
+    // over the four warps. `exchange` (tile.cuh) adds two columns at a time. The loops visit such columns together, so
+    // that their registers are free again early: with labels, summing column by column would spill.
     float sums[kPlanes][kBlockN / 32];
 #pragma unroll
     for (int k = 0; k < kBlockN / 32; ++k) {
@@ -114,7 +114,8 @@ struct Statistics {
     }
     const int first =
         kBlockN / 8 * (at.lane >> 4 & 1) + kBlockN / 16 * (at.lane >> 3 & 1) + kBlockN / 32 * (at.lane >> 2 & 1);
-    // Rows: each of four lanes has four sums. Two exchanges leave one in each: lane q has half q / 2, h = q % 2.
+    // Rows: the four lanes that share rows have four partial sums each, for each half and h of Place. Two exchanges
+    // leave one total in each lane: lane q of the four has that of half = q / 2 and h = q % 2.
     const int64_t i = tile.i0 + 64 * (at.lane >> 1 & 1) + 8 * (at.lane & 1) + at.row;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {

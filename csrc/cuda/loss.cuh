@@ -32,7 +32,7 @@ struct Loss {
   double *cosine, *record;
   float* top;  // largest norms, from which the tiles compute a constant; else NULL
   float* loss;
-  unsigned* tickets;  // [0] reduction, [1] blocks of a repair, [2...] tiles of each block of a repair
+  unsigned* tickets;  // atomic counters of what is done: [0] reduction, [1] a repair's blocks, [2...] tiles per block
   // backward
   const float* upstream;
   float *tile_part, *d_scale;
@@ -45,7 +45,7 @@ struct Loss {
   double* wide_loss;            // fp64 output in place of `loss`
   int64_t parts, tiles;         // `tiles`: number of tiles in all chunks
   int loss_alone;               // no gradients: the tiles store partial sums of the loss only
-  float* d_scalars;             // gradients by scale and bias
+  float* d_scalars;             // gradients with respect to scale and bias
   const float* kept_scalar[2];  // backward: these gradients for upstream 1
   float* d_scalar[2];           // backward: these gradients times upstream, each NULL if not needed
   // both

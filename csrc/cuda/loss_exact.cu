@@ -2,12 +2,12 @@
 //
 //   Math      part = top + log2 sum 2^(z2 - top) over the negatives of every row and column of a tile
 //             two exponentials per logit, z2 with its rounding error, because these logits may be in the thousands
-//   Program   see tile.cuh, returns at once unless the device asked for a repair
+//   Program   see tile.cuh, returns at once unless the device requested a repair
 //             the warpgroup that finishes the last tile of a block of 128 indices reduces that block
 //             the warpgroup that reduces the last block sums the records
-//   Traffic   writes 8 planes (N tiles) bytes and reads them twice
+//   Traffic   writes 8 bytes per index and tile across, for rows and for columns, and reads them twice
 //   Precision sums of a tile in fp32 relative to its maxima, everything between tiles in fp64
-//   Ragged    elements outside count as -inf
+//   Ragged    elements outside are -inf
 //   Order     tiles and panels from first to last, whichever warpgroup is the last: bitwise repeatable
 #include "launch.cuh"
 #include "loss_kernels.h"
@@ -187,7 +187,7 @@ struct Repair {
       }
       t.scratch.sums[1][at.warp][place(k)] = exchange(quarters[0], quarters[1], 4, at.lane);
     }
-    // Of the four lanes that share rows, lane q ends with half q / 2, h = q % 2
+    // Of the four lanes that share rows, lane q ends with the row of half = q / 2 and h = q % 2
     const int half = at.lane >> 1 & 1, h = at.lane & 1;
     const float top = half ? (h ? row_top[1][1] : row_top[1][0]) : (h ? row_top[0][1] : row_top[0][0]);
     const float sum = exchange(exchange(row_sum[0][0], row_sum[1][0], 2, at.lane),
@@ -197,7 +197,7 @@ struct Repair {
       __stcg(static_cast<double*>(loss.side[0].part) + tile.n * static_cast<int64_t>(p.M) + i,
              static_cast<double>(top) + log2f(sum));
     t.sync();
-    if (tile.m >= p.tiles_m) return;  // second tile of a cluster when tile rows are odd: uniform in the warpgroup
+    if (tile.m >= p.tiles_m) return;  // second tile of a cluster, tiles_m is odd: uniform in the warpgroup
     if (at.thread < kBlockN && j < p.N) {
       const auto& warp = t.scratch.sums[1];
       const int k = at.thread;

@@ -1,6 +1,7 @@
 // Inverse norms of the features, cosines of the pairs, copies of the features if needed, and the constants.
 //
-//   Math      inv_k = 1 / max(|x_k|, 1e-12), or 1 if not normalised, and cosine_k = inv^I_k inv^T_k <I_k, T_k>
+//   Math      inv_k = 1 / max(|x_k|, 1e-12), or 1 if not normalised, for x = image and x = text: r_k and c_k
+//             cosine_k = r_k c_k <image_k, text_k>
 //             copies of normalised fp16 rows are x_k 2^e with a norm in (1/2, 1], and factor_k = inv_k / 2^e
 //             otherwise copies are x_k, and factor_k = inv_k
 //             sigmoid: x = -(s cosine_k + b), own_k = -sigmoid(x), and sums of softplus(x), own cosine and own
@@ -9,7 +10,7 @@
 //             tiles compute from the largest norm of every block
 //             all blocks set the tickets of the pass to 0
 //   Traffic   reads both matrices once, 16 bytes at a time if aligned; copies are read again and written
-//   Precision fp64; copies are exact, except that elements 2^-24 below the norm of their row may flush in fp16
+//   Precision fp64; copies are exact, except that elements smaller than 2^-24 times their row's norm may flush in fp16
 //   Ragged    columns of copies beyond D become 0
 //   Order     lanes in a tree, rows of a block from first to last: bitwise repeatable
 #include "loss_kernels.h"
@@ -40,7 +41,7 @@ __device__ __forceinline__ void set_up_sigmoid(const Loss& p) {
   if (t == 0) *p.tickets = 0;
 }
 
-// The sigmoid loss of a diagonal pair and its derivatives by scale and bias.
+// The sigmoid loss of a diagonal pair and its derivatives with respect to scale and bias.
 __device__ __forceinline__ void own_pair(const Loss& p, double cosine, double (&own)[3]) {
   own[0] = softplus(-(static_cast<double>(*p.scale) * cosine + *p.bias), &own[2]);
   own[2] = -own[2], own[1] = own[2] * cosine;

@@ -15,7 +15,8 @@ constexpr int64_t kLongestSum = 65536;  // terms that one product may add up: te
 int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
 int64_t round_up(int64_t size, int64_t length) { return ceil_div(size, length) * length; }
 
-// Length of equal parts of `size`, in whole units, when there are as many as parts of length `most`.
+// Cut `size` into as many parts as parts of length `most` would need, but equally long. Return their length, rounded up
+// to a multiple of `unit`.
 int64_t even(int64_t size, int64_t most, int64_t unit) { return round_up(ceil_div(size, ceil_div(size, most)), unit); }
 
 // Places arrays one after the other.
@@ -42,8 +43,9 @@ int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_
   return N / rows * of_chunk(rows) + of_chunk(N % rows);
 }
 
-// The fewest rows per chunk that need no more chunks than `most` rows, and no more waves, neither of the weights'
-// kernel nor of the library's tiles in the products with the texts. More rows would use memory without saving time.
+// The smallest number of rows per chunk that costs no time in comparison with `most` rows: it needs no more
+// chunks, no more waves in the kernel of the weights, and no more waves in the library's products with the texts. More
+// rows would use memory without saving time.
 int64_t fewest_rows(int64_t N, int64_t columns, int64_t D, int64_t most, int processors) {
   constexpr int64_t kPair = 2 * kTileM;  // rows of a cluster
   const int64_t across = ceil_div(columns, tile_n(N)), across_product = ceil_div(D, kProductN);

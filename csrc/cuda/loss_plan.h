@@ -1,5 +1,5 @@
-// Memory layout of the losses of pairs (loss.cu, sigmoid.cu): sizes and offsets in bytes. There is no CUDA and there
-// are no pointers in it, so that it can be tested anywhere. N images and N texts, no labels. Of arrays with two
+// Memory layout of the losses of pairs (loss.cu, sigmoid.cu): sizes and offsets in bytes. It uses neither
+// CUDA nor pointers, so that it can be tested anywhere. N images and N texts, no labels. Of arrays with two
 // elements, index 0 is the images' side.
 #pragma once
 #include <cstdint>
@@ -23,7 +23,7 @@ struct LossSaved {
   int64_t own;        // double[N]: dL/dz of the diagonal pairs
   int64_t inv[2];     // float[N]
   int64_t factor[2];  // float[N]: inv divided by the power of two of copied rows
-  int64_t weight[2];  // double[N]: factor of a negative's exponential
+  int64_t weight[2];  // double[N]: factor a or b of a negative's exponential
   int64_t lse2[2];    // float[N]: log2-sum-exp2, used after a repair
   int64_t bytes;
 };
@@ -35,7 +35,7 @@ struct LossForward {
   int64_t panel;  // rows of a panel: N, or a multiple of 128
   int64_t blocks, records;
   int64_t tickets;  // unsigned[2 + blocks]
-  int64_t cosine;   // double[N]: r_i c_i <I_i, T_i>
+  int64_t cosine;   // double[N]: r_k c_k <image_k, text_k>
   int64_t top;      // float[2 blocks of rows]: largest norms
   int64_t record;   // double[kRecordValues records]
   int64_t sums[2];  // double[N]: results of the panels so far
@@ -67,7 +67,7 @@ struct SigmoidWork {
   int64_t factor[2];     // float[N]
   int64_t top;           // float[2 blocks of rows]: largest norms
   int64_t part;          // double[3][parts]: sums of the tiles, then of the diagonal pairs by blocks of rows
-  int64_t parts, tiles;  // numbers of sums in all and of tiles
+  int64_t parts, tiles;  // number of all sums, and number of tiles
   int64_t piece;         // double[3][kPieces]: sums of the pieces of `part`
   int64_t bytes;
 };

@@ -4,7 +4,7 @@
 //   Program   32 indices of both sides, because row k and column k belong to one pair
 //             four warps per side share its tiles, the last block of the grid sums all records
 //   Traffic   reads every partial sum once
-//   Precision fp64, and sums of exp(z - offset) below e^-62 ask for a repair, because terms of them may have flushed
+//   Precision fp64, and sums of exp(z - offset) below e^-62 request a repair, because terms of them may have flushed
 //   Ragged    indices beyond N are not read
 //   Order     tiles by warps, panels from first to last: bitwise repeatable
 #include "loss_kernels.h"

@@ -1,9 +1,10 @@
 // Weights gain r_i G_ij c_j of a block of the plain case, for an upstream gradient of 1.
 //
-//   Math      G = E (a_i + b_j) with E = 2^(z2 - offset2)
-//             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j) if the device asked for a repair
+//   Math      G = E (a_i + b_j) with E = 2^(z2 - offset2), a_i = d_i 2^(offset2 - lse2_i), b_j = d_j 2^(offset2 -
+//   lse2_j)
+//             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j) if the device requested a repair
 //             G = 0 on the diagonal, because the finish adds those positives in fp32
-//   Program   see tile.cuh, all tiles of a launch take the same of the two formulas
+//   Program   see tile.cuh, all tiles of a launch use the same one of the two formulas
 //   Traffic   writes 2 bytes per pair
 //   Precision vectors rounded from fp64 with the gain, weights rounded once to the dtype of the features
 //             d_scale is summed before that rounding
@@ -46,7 +47,7 @@ struct Weigh {
     load(p, p.loss.side[1], j, j < p.N, s.col, k);
   }
 
-  // d 2^x, and 0 for d = 0: an empty set has an arbitrary log-sum-exp, so 2^x may be infinite, and 0 inf is NaN.
+  // d 2^x, and 0 for d = 0: an empty set has an arbitrary log-sum-exp, so 2^x may be infinite, and 0 * inf is NaN.
   static __device__ __forceinline__ float share(float d, float x) { return d == 0.f ? 0.f : d * exp2_fast(x); }
 
   template <bool kMask, bool kExact>
@@ -72,7 +73,7 @@ struct Weigh {
         } else {
           g = exp2_fast(fmaf(dot, row[kScaled], -offset2));
           g *= row[kWeight] + (e ? cols.y : cols.x);
-          if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // also an infinite one
+          if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // even if it is infinite
         }
         g *= row[kFactor];
         d_scale = fmaf(g, dot, d_scale);

@@ -1,6 +1,6 @@
 // Gradients of the sigmoid loss, which the forward has computed for an upstream gradient of 1, times the true one.
 //
-//   Math      out = upstream kept, for the features of both sides and for both scalars
+//   Math      out = upstream * kept, for the features of both sides and for both scalars
 //   Program   2048 elements of one side per block, 8 per thread, and block 0 also has the scalars
 //   Traffic   reads kept, in fp32 for fp16 features, and writes out
 //   Precision fp32, rounded once, so a loss scaler's factor prevents flushing in fp16

@@ -1,10 +1,12 @@
 // Losses of a block of pairs, and the weights gain r_i G_ij c_j of their gradients. The logits are never stored.
 //
 //   Math      e = 2^(log2(e) (z + b)), loss = log(1 + e) and G = e / (1 + e)
-//             diagonal pairs count 0 here: the norms kernel and the finish add them from fp64 logits
-//             32 logits share one logarithm: the sum of their losses is log(1 + q), 1 + q the product of their 1 + e
+//             diagonal pairs contribute 0 here: the norms kernel and the finish add them from fp64 logits
+//             32 logits share one logarithm: the sum of their losses is log(1 + q), where 1 + q is the product of
+//             their 1 + e
 //             two logits share one reciprocal
-//             a warp whose product overflows, and every tile with a mask, goes logit by logit with t = e^-|z + b|:
+//             in a warp whose product overflows, and in every tile with a mask, each logit is computed by itself,
+//             with t = e^-|z + b|:
 //             loss = max(z + b, 0) + log1p(t) and G = (z + b >= 0 ? 1 : t) / (1 + t)
 //   Program   see tile.cuh
 //   Traffic   writes 2 M N bytes, nothing without gradients
@@ -68,7 +70,8 @@ struct Sigmoid {
     float loss = 0.f, d_scale = 0.f, d_bias = 0.f, product[kHalves][2] = {};  // of each row, minus 1
     bool fits = true;
     const auto pair = [&](const RowValues<Sigmoid>& values, int half, int h, int c, float (&weights)[2]) {
-      const auto row = [&](int vector) { return kMask ? t.row(vector, half, h) : values[vector]; };  // else spills
+      // A masked tile reads the row's values from shared memory each time: kept in registers they would spill
+      const auto row = [&](int vector) { return kMask ? t.row(vector, half, h) : values[vector]; };
       const float2 factors = t.cols(kFactor, c);
       const float dot[2] = {acc[half][4 * c + 2 * h] * factors.x, acc[half][4 * c + 2 * h + 1] * factors.y};
       const float x2[2] = {fmaf(dot[0], row(kFactor), bias2), fmaf(dot[1], row(kFactor), bias2)};
@@ -105,7 +108,7 @@ struct Sigmoid {
       store_weights(t, pair);
     } else {
 #pragma unroll
-      for (int c = 0; c < kBlockN / 8; ++c)  // outside: the other way round it spills
+      for (int c = 0; c < kBlockN / 8; ++c)  // the outer loop, because registers would spill otherwise
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
 #pragma unroll

@@ -3,7 +3,7 @@
 // texts, D features; i and j index rows (images) and columns (texts).
 //
 //   Program   one CTA per multiprocessor with a producer warp, which issues TMA loads, and two consumer warpgroups
-//             the consumers take tiles in turn ("pingpong"): while one multiplies, the other runs its epilogue
+//             the consumers alternate between tiles ("pingpong"): while one multiplies, the other runs its epilogue
 //             the two CTAs of a cluster own vertically adjacent tiles, and each loads half of the text block for both
 //   Traffic   reads images once per tile column and texts once per pair of tile rows, in bands of rows that stay in L2
 //   Precision products in the dtype of the features, accumulation in fp32
@@ -64,14 +64,16 @@ struct Place {
   int thread, warp, lane, row, col;
 };
 
-// When the Op's finish_exact() is called in place of finish(): never, if the device asked for a repair, or always, in a
-// kernel that returns at once unless the device asked for a repair.
+// When the tile kernel calls the Op's finish_exact() in place of finish():
+//   never      not at all
+//   on_repair  if the device requested a repair
+//   alone      always; such a kernel returns at once unless the device requested a repair
 enum class Exact { never, on_repair, alone };
 
 constexpr int kNone = 1 << 20;  // value of `diagonal` for a tile without excluded diagonal pairs
 constexpr int kFindsNothing = -1;
 
-// Elements of a tile at the edge or on the diagonal that do not count. Only three numbers are known at run time; the
+// Elements of a tile that are left out, at the edge or on the diagonal. Only three numbers are known at run time; the
 // compiler folds everything else into the unrolled loops.
 struct Mask {
   int diagonal, rows, cols;
@@ -162,7 +164,7 @@ __device__ __forceinline__ float rest2(float factor, const float* constants) {
   return fabsf(rounded) < HUGE_VALF ? static_cast<float>(exact - rounded) : 0.f;
 }
 
-// log2(e) z of a dot product, and in *low its rounding error; -inf for a pair that does not count.
+// log2(e) z of a dot product, and in *low its rounding error; -inf for a pair that is left out.
 __device__ __forceinline__ float exact_logit2(float dot, float scaled, float rest, bool drop, float* low) {
   const float exact = __fmul_rn(dot, scaled);  // not fused with another operation, which would round differently
   const float z2 = drop ? -HUGE_VALF : exact, rounded = fmaf(dot, scaled, -exact) + dot * rest;
@@ -200,21 +202,21 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, 
   return {m, n, m * kBlockM, n * block_n};
 }
 
-// The offset is 0 if no logit is above kReach, because subtracting a larger offset costs digits of the exponent.
+// The offset is 0 if no logit is above kReach, because subtracting a nonzero offset costs digits of exp's argument.
 __device__ __forceinline__ float offset2_of(float bound) { return (bound <= kReach ? 0.f : bound - kReach) * kLog2e; }
 
 // Power of two with gain |G| < 2^13 for fp16 weights G <= e^(bound + bias) of the sigmoid loss. Without it the weights
-// of a solved batch would flush to zero in fp16. Weights below e^-40 do not count beside the diagonal pairs, whose
-// weight is then near 1. The gain stops there, so that fp32 holds a diagonal weight times the gain and any feature.
+// of a solved batch would flush to zero in fp16. Weights below e^-40 are negligible: the diagonal pairs' weights
+// are then near 1. The gain stops there, so that fp32 holds a diagonal weight times the gain and any feature.
 __device__ __forceinline__ float gain_of(float bound, float bias) {
   float top = bound + bias;
   top = top < 0.f ? (top > -40.f ? top : -40.f) : 0.f;  // NaN: 0
   return as_float((127 + 12 - static_cast<int>(floorf(top * kLog2e))) << 23);
 }
 
-// Compute the constant Op::kFinds. If the blocks of the norms kernel have stored their largest norms, it follows from
-// those; otherwise it is already among the constants. Every CTA computes it again, which saves a launch, and the first
-// CTA stores it for the kernels that follow.
+// Find the constant Op::kFinds. If the blocks of the norms kernel have stored their largest norms, it is computed from
+// these norms. Otherwise it is read from the constants. Every CTA computes it again, which saves a launch, and the
+// first CTA stores it for the kernels that follow.
 template <class Op>
 __device__ __forceinline__ void find_constant(const Params& p, Smem<Op>& s) {
   float found = 0.f;
@@ -255,7 +257,7 @@ __device__ __forceinline__ void produce(const Params& p, Smem<Op>& s, const CUte
                                         const CUtensorMap& text_map, int cluster, int clusters, int count, int rank) {
   constexpr int kShare = Op::kBlockN / kCluster;  // rows of the text block that this CTA loads for both
   int stage = 0;
-  uint32_t parity = 1;  // a fresh barrier counts as released: the first wait of every stage returns at once
+  uint32_t parity = 1;  // a fresh barrier passes for released: the first wait of every stage returns at once
   for (int k = 0; k < count; ++k) {
     const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
 #pragma unroll 1

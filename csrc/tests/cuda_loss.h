@@ -106,7 +106,8 @@ inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_
         static_cast<long long>(bytes));
 }
 
-// Rows of a chunk (the most that fit, or fewer if these take the same time) and columns of its blocks.
+// Rows of a chunk (the most that fit, or fewer if these take the same time) and columns of its blocks. Below, product
+// waves are waves of the library's tiles in the product with the texts, for the first chunk + for the second.
 inline void plain_blocks() {
   using namespace fastclip;
   constexpr int64_t kMiB = 1 << 20;
@@ -115,12 +116,12 @@ inline void plain_blocks() {
   };
   const Case cases[] = {
       {8192, 512, 1024 * kMiB, 8192, 8192, 8192},       // all
-      {32768, 512, 1024 * kMiB, 8448, 8192, 32768},     // 4 chunks, 332 waves of clusters in place of 334
-      {65536, 768, 1024 * kMiB, 5632, 5632, 65536},     // fewer would be 13 chunks
-      {24576, 1024, 1024 * kMiB, 21120, 12288, 24576},  // 5 waves of tiles of the products and 1, or 3 and 3
-      {24576, 512, 1024 * kMiB, 16896, 16128, 24576},   // two halves would be 2 waves each, this is 2 and 1
-      {49152, 512, 1024 * kMiB, 8448, 8448, 49152},     // 8,192 would take 750 waves of clusters in place of 745
-      {131072, 1024, 1024 * kMiB, 8448, 8448, 43776},   // longer sums lose digits
+      {32768, 512, 1024 * kMiB, 8448, 8192, 32768},     // 4 chunks; 8,448 rows take 334 waves, not 332, of clusters
+      {65536, 768, 1024 * kMiB, 5632, 5632, 65536},     // fewer rows would need 13 chunks
+      {24576, 1024, 1024 * kMiB, 21120, 12288, 24576},  // product waves: 5 + 1 with the most rows, 3 + 3 with these
+      {24576, 512, 1024 * kMiB, 16896, 16128, 24576},   // product waves: 2 + 2 with equal chunks, 2 + 1 with these
+      {49152, 512, 1024 * kMiB, 8448, 8448, 49152},     // 8,192 rows would take 750 waves of clusters, not 745
+      {131072, 1024, 1024 * kMiB, 8448, 8448, 43776},   // columns are cut, because longer sums lose digits
       {32768, 512, 512 * kMiB, 8192, 8192, 32768},      // 97 % of a wave of rows: columns are not cut for the rest
       {32768, 512, 128 * kMiB, 7936, 6912, 8448},      {300, 8, 0, 128, 128, 128},
   };
@@ -175,8 +176,7 @@ inline void plain_layout() {
           CHECK((b.rows == N || b.rows % 128 == 0) && b.rows > 0 && b.rows * b.chunks >= N &&
                     b.rows * (b.chunks - 1) < N && b.stride % 8 == 0,
                 "chunks of rows");
-          const int64_t least =
-              2 * std::min<int64_t>(128, N) * std::lcm(128, b.tile_n);  // a tile across, of two widths
+          const int64_t least = 2 * std::min<int64_t>(128, N) * std::lcm(128, b.tile_n);  // 128 rows of whole tiles
           CHECK(2 * std::min(b.rows, N) * b.stride <= std::max(workspace, least), "weights' bytes");
           CHECK(b.tile_parts >= up(N, 128) * up(N, b.tile_n), "shares of d_scale");
           check_layout({{b.ticket, 4},

@@ -1,9 +1,9 @@
 // The functions of cuda/sm90_ptx.cuh, and the few CUDA built-ins that the kernels use, on a CPU. Every CUDA thread of a
 // cluster, or of a few blocks of an ordinary kernel, is a fiber. Fibers run in random order.
 // A missing wait or an early release shows as a wrong result, because asynchronous work completes as late as its waits
-// allow or at a random time. Products complete at their wait. Every other TMA store completes at its wait, the rest at
-// once. TMA loads complete at a random time. Missing fences are reported. Writes of one block for another (__stcg)
-// become visible at the writer's next __threadfence, or without one only after the kernel.
+// allow or at a random time. Products complete at their wait, TMA loads at a random time. A random half of the TMA
+// stores complete at their wait, the others at once. Missing fences are reported. Writes of one block for another
+// (__stcg) become visible at the writer's next __threadfence. Without a fence, they do so only after the kernel.
 //
 // Registers, the order of ordinary memory accesses and speed are not modelled.
 #pragma once

@@ -12,7 +12,7 @@ struct LossCase {
   double scale = 14.0, image_weight = 0.5;
   int64_t block_m = 1 << 20, block_n = 1 << 20;
   int threads = 2;
-  bool solved = false;     // every pair is far above its row: a loss of 1e-20 and less
+  bool solved = false;     // every positive logit is far above the rest of its row: a loss of 1e-20 and less
   float large_row = 1.0f;  // factor of the second row of both sides
 };
 
@@ -161,7 +161,7 @@ struct LossRun {
         }
         const bool projected = c.normalize && inverse[i] < 1e12;
         for (int64_t k = 0; k < D; ++k) {
-          // Relative to the norm of the row, so that large and clamped rows count like others
+          // Relative to the norm of the row, so that large and clamped rows weigh as much as others
           const double true_d = d[k] - (projected ? along * own[i * D + k] : 0.0);
           const double found = (of_image ? d_image : d_text).at(i, k) / inverse[i];
           error += (found - true_d) * (found - true_d), norm += d[k] * d[k];

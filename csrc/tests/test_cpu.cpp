@@ -97,7 +97,7 @@ void bitwise_over_threads() {
 
 void nan_and_infinity_stay() {
   for_each_isa([] {
-    for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // the last becomes infinite as a logit
+    for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // 3e38 overflows to infinity in the logit
       for (bool labels : {false, true}) {
         if (labels && !std::isnan(value)) continue;  // the sum of positives is a double, and finite
         ContrastiveCase c{66, 530, labels};
@@ -217,7 +217,7 @@ void threads() {
 }
 
 void after_fork() {
-#if defined(FASTCLIP_POSIX) && !defined(__SANITIZE_THREAD__)  // which does not follow threads into a child
+#if defined(FASTCLIP_POSIX) && !defined(__SANITIZE_THREAD__)  // ThreadSanitizer cannot follow threads into a child
   CHECK(fastclip_cpu_select_threads("pool") == FASTCLIP_OK, "pool");
   ContrastiveCase c{130, 1100, true};
   ContrastiveRun expected(c);
@@ -236,7 +236,7 @@ void after_fork() {
 #endif
 }
 
-#if defined(FASTCLIP_POSIX) && defined(MAP_NORESERVE) && !defined(__SANITIZE_THREAD__)  // its shadow would be 34 GB
+#if defined(FASTCLIP_POSIX) && defined(MAP_NORESERVE) && !defined(__SANITIZE_THREAD__)  // TSan's shadow memory: 34 GB
 void rows_far_apart(int64_t rows, int64_t stride) {
   constexpr int64_t kColumns = 20;
   const size_t bytes = static_cast<size_t>(stride * (rows - 1) + kColumns) * sizeof(float);
