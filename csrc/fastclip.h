@@ -63,7 +63,7 @@ typedef struct fastclip_bwd_side {
 } fastclip_bwd_side;
 
 typedef struct fastclip_sigmoid_sums {
-  double loss;    /* sum_ij softplus(z_ij), of -z_ij at the positives */
+  double loss;    /* sum_ij softplus(z_ij), with -z_ij at the positives */
   double d_scale; /* sum_ij r_i G_ij c_j dot_ij */
   double d_bias;  /* sum_ij G_ij */
 } fastclip_sigmoid_sums;
@@ -99,8 +99,8 @@ int fastclip_cpu_finish(float* raw, int64_t raw_stride, const float* x, int64_t 
 /* ---- The mean loss of N images and N texts without labels, in which pair i is the only positive of its row ----
  *
  * saved: FASTCLIP_LOSS_HEADER + N FASTCLIP_LOSS_ROW doubles, which the forward fills for the backward. After the header
- * come inv_norm and outer of the images, then of the texts, N floats each. With `normalize` the caller writes them by
- * fastclip_cpu_norms before the first block. */
+ * come inv_norm and outer of the images, then of the texts, N floats each. With `normalize` the caller lets
+ * fastclip_cpu_norms write them before the first block. */
 enum { FASTCLIP_LOSS_HEADER = 4, FASTCLIP_LOSS_ROW = 12 };
 
 typedef struct fastclip_loss {
@@ -111,7 +111,7 @@ typedef struct fastclip_loss {
   double* saved;
 } fastclip_loss;
 
-/* Fold in one block. Blocks come in order of i0, then of j0. The last one sets *value, the loss. */
+/* Fold one block into `saved`. Blocks must come in order of i0, then of j0. The last one sets *value, the loss. */
 int fastclip_cpu_loss_fwd(const fastclip_loss* loss, const fastclip_block* block, double* value, int num_threads);
 
 /* Overwrite one block of dot products with gain r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */
@@ -121,13 +121,14 @@ int fastclip_cpu_loss_bwd(const fastclip_loss* loss, const fastclip_block* block
  * 1. The gain is a power of two that keeps the weights of a solved batch (1e-30 and less) from becoming subnormal. */
 double fastclip_cpu_loss_factor(const fastclip_loss* loss, int* large);
 
-/* Select "avx512", "avx2" or "portable"; "auto" selects the best that this processor runs. For the whole process. */
+/* Select "avx512", "avx2" or "portable"; "auto" selects the best that this processor runs. It
+ * applies to the whole process. */
 int fastclip_cpu_select_isa(const char* name);
 const char* fastclip_cpu_isa(void);
 
 /* Select "borrowed" (the default), the threads of the OpenMP runtime that the process has loaded, or "pool", threads of
- * fastclip. The pool is also used if no such runtime is found and after fork. For the whole process. Results do not
- * depend on the choice. */
+ * fastclip. The pool is also used if no such runtime is found, and after fork. The choice applies to the whole
+ * process. Results do not depend on it. */
 int fastclip_cpu_select_threads(const char* name);
 const char* fastclip_cpu_threads(void);
 
@@ -207,7 +208,7 @@ int fastclip_cuda_sigmoid_fwd(const fastclip_cuda_block* block, const float* ima
 /* ---- The plain case: N images and N texts without labels, the mean over both directions ----
  *
  * A step calls forward once. Then, for every chunk of rows, it calls weights for each block of columns, multiplies the
- * weights with the features by a library, and calls finish. There is one chunk of one block unless the weights exceed
+ * weights by the features with a library, and calls finish. There is one chunk of one block unless the weights exceed
  * the workspace. fastclip_cuda_loss_plan returns the sizes. */
 typedef struct fastclip_cuda_loss {
   const void *image, *text; /* (N, D), columns adjacent */
@@ -257,7 +258,7 @@ int fastclip_cuda_loss_finish(const fastclip_cuda_loss* p, const void* saved, vo
 /* ---- The sigmoid loss of N images and N texts, where row k of both is a pair ----
  *
  * fastclip_cuda_loss_plan returns the sizes; image_weight is not read. Loss and gradients are computed together. For
- * every chunk of rows a step calls weights, multiplies them with the features by a library, and calls finish. All calls
+ * every chunk of rows a step calls weights, multiplies them by the features with a library, and calls finish. All calls
  * share `work`, aligned to 128 bytes. It has `sigmoid` bytes and, with gradients, the weights of a chunk (rows, stride)
  * in the dtype of the features, raw_image (rows, width) and raw_text (N, width) in fp32, as for
  * fastclip_cuda_loss_finish. */
@@ -288,8 +289,8 @@ typedef struct fastclip_cuda_factors {
 } fastclip_cuda_factors;
 int fastclip_cuda_sigmoid_bwd(const fastclip_cuda_factors* p);
 
-/* The CUDA version of the driver as 1000 major + 10 minor, or 0 without a driver; and that of the toolkit that this was
- * built with. */
+/* The CUDA version of the driver as 1000 major + 10 minor, or 0 without a driver, and the version of the toolkit that
+ * this code was built with. */
 int fastclip_cuda_driver(void);
 int fastclip_cuda_runtime(void);
 

@@ -180,8 +180,10 @@ def contrastive_bwd_kernel(
     """Weights r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 
     Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
-              G = E (a_i + b_j) at negatives, with a_i = d_i exp(offset - lse_i), b_j = d_j exp(offset - lse_j): NEG
-              G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS, a' and b' for their log-sum-exps: POS
+              G = E (a_i + b_j) at negatives
+              a_i = d_i exp(offset - lse_i) and b_j = d_j exp(offset - lse_j), from the plane NEG
+              G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS
+              a' and b' are a and b for the log-sum-exps of the positives, from the plane POS
               G = 0 at the diagonal without LABELS, because the finish adds those positives in fp32
               EXACT replaces E (a_i + b_j) by d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j), two exponentials per logit
               part = sum of r_i G_ij c_j <image_i, text_j> over a tile, from G before it is rounded
@@ -238,8 +240,8 @@ def contrastive_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of image, text and scale, each None unless `needs` asks for it.
 
-    Arguments and results are those of the reference's `contrastive_bwd`. 6 M N D operations, in blocks of weights that
-    fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`.
+    Arguments and results are those of the reference's `contrastive_bwd`. It takes 6 M N D operations, in blocks whose
+    weights fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`.
     """
     has_labels = labels is not None
     row_inv, col_inv = (x.contiguous() for x in stats[6:])

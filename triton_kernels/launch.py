@@ -310,8 +310,8 @@ def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) 
 
 
 def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int, int, int]:
-    """Return the rows of a panel whose partial sums fit into the workspace, and the largest numbers of tiles along a
-    row and along a column of it, over all configurations in `tiles`.
+    """Return the number of rows of a panel whose partial sums fit into the workspace, and the largest numbers of tiles
+    along its rows and along its columns, over all configurations in `tiles`.
 
     planes: partial sums that a tile stores per row and column. 8 bytes each: a repair stores them in fp64.
     """

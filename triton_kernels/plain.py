@@ -135,7 +135,7 @@ def _start_panels(
     plan: _Plan, start: Any, statistics: TileLaunch, x: Tensor, y: Tensor, addresses: Any, s: Any, constants: Any,
     parts: tuple[Any, Any], wide: Any,
 ) -> None:  # fmt: skip
-    """Start the partial sums of all rows and, if there are several panels, their reduction into the workspace."""
+    """Start the kernels of the partial sums and, if there are several panels, of their reduction into the workspace."""
     N, operands, lse = plan.N, addresses, plan.fwd_work.lse
     col: Any = s + plan.col_vec, None, parts[1]  # FACTOR is the first plane; no labels
     for i0, i1 in plan.panels:
@@ -218,9 +218,9 @@ def _start_weights(
     plan: _Plan, start: Any, x: Tensor, y: Tensor, block: Tensor, addresses: Any, s: Any, constants: Any, w: Any,
     parts: list[int], rows: tuple[int, int], columns: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Start the weights of a block, by the fast kernel and by the repair.
+    """Start the two kernels that compute the weights of a block: the fast one and the repair.
 
-    parts: where the two store their partial sums of d_scale, in bytes from `w` on; advanced from block to block.
+    parts: where the two kernels store their partial sums of d_scale, in bytes from `w` on. Each call advances them.
     """
     (i0, i1), (j0, j1) = rows, columns
     shape = i1 - i0, j1 - j0
@@ -237,7 +237,7 @@ def _start_blocks(
     plan: _Plan, start: Any, known: bool, x: Tensor, y: Tensor, work: Tensor, s: Any, d_loss: Tensor,
     constants: Any, d_image: Tensor | None, d_text: Tensor | None, d_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """Start the weights and products of all blocks, and a finish per chunk of rows; the last one adds up d_scale."""
+    """Start kernels and products of all blocks, and a finish per chunk of rows; the last finish adds up d_scale."""
     N, width, (x_stride, y_stride) = plan.N, plan.width, plan.product_strides
     words = work.view(torch.float32)
     raw_image = words.as_strided((plan.block_m, width), (width, 1), plan.raw_image)

@@ -43,7 +43,7 @@ DIAGONAL_SHARE = tl.constexpr(CONSTANTS)  # index of one more constant: the diag
 HEADER = 16  # words reserved for the constants, which keeps the vectors after them aligned
 PLANES = 7
 COL = tl.constexpr(PLANES)  # first plane of the texts
-ALIGNED = tl.constexpr(32)  # words: planes begin on cache lines of 128 bytes
+ALIGNED = tl.constexpr(32)  # words, 128 bytes: every plane begins on a cache line
 
 
 @triton.jit

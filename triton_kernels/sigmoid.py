@@ -1,8 +1,9 @@
 """Host code of the sigmoid loss, which computes the loss and its gradients in one forward pass.
 
-The weight of a pair depends on no sum over other pairs, so the forward can store weights right away: norms with the
-diagonal pairs, tiles, two products, and a finish that adds up the scalars. The backward multiplies the gradients by the
-upstream gradient. The same code serves N pairs of one process and M images of a rank with the N texts of all.
+The weight of a pair depends on no sum over other pairs, so the forward can store weights right away. Its steps are the
+norms with the diagonal pairs, the tiles, two products, and a finish that adds up the scalars. The backward multiplies
+the gradients by the upstream gradient. The same code serves N pairs of one process and M images of a rank with the N
+texts of all ranks.
 
 As in `plain.py`, a `Sequence` replays the launches of a signature from addresses. `w` and `wide` are the start of the
 workspace as fp32 and as fp64, tensors on the first call and integers later. `base + n` is n bytes further.
@@ -88,7 +89,7 @@ class _Plan:
         self.sequence = Sequence(self.whole)
 
     def _cut(self, size: int, block_m: int, needs: tuple[bool, ...]) -> SimpleNamespace:
-        """Lay out the workspace: raw sums in fp32 words, copies and `end` in elements of the features, else in bytes.
+        """Lay out the workspace: raw sums in fp32 words, copies and `end` in feature elements, all else in bytes.
 
         The units differ because matrix products take views of the workspace and kernels take addresses in it.
         """
@@ -147,7 +148,7 @@ def _start_pairs(
     step: _Step, addresses: Any, block: Tensor, rows: tuple[int, int], columns: tuple[int, int], done: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Start the weights and the partial sums of a block. `done` tiles have stored their sums before."""
+    """Start the kernel of a block, which computes weights and partial sums. `done` tiles precede the block."""
     plan, w, (i0, i1), (j0, j1) = step.plan, step.w, rows, columns
     at, tile, shape, offset = plan.work, plan.tile, (i1 - i0, j1 - j0), step.offset + i0 - j0
     vectors = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0), w + at.constants  # FACTOR is the first plane
@@ -165,7 +166,7 @@ def _start_blocks(
     step: _Step, work: Tensor, d_image: Tensor | None, d_text: Tensor | None, loss: Tensor, grads: Tensor, divisor: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Start the weights and products of all blocks, and a finish per chunk of rows; the last adds up the scalars."""
+    """Start kernels and products of all blocks, and a finish per chunk of rows; the last finish adds up the scalars."""
     plan, known, x, y, w = step.plan, step.known, step.x, step.y, step.w
     M, N, D, width, at, (x_stride, y_stride) = plan.M, plan.N, plan.D, plan.width, plan.work, plan.product_strides
     words = work.view(torch.float32)

@@ -51,7 +51,7 @@ struct Simd {
   static Mask not_negative(F x) { return _mm256_castps_si256(_mm256_cmp_ps(x, set1(0.0f), _CMP_GE_OQ)); }
 
   static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale_or_zero(F p, F n, F x, float floor) {  // above 2^127: larger than that, infinite or NaN
+  static F scale_or_zero(F p, F n, F x, float floor) {  // a result above 2^127 is any larger number, inf or NaN
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_min_ps(n, set1(128.0f))), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
     const F keep = _mm256_cmp_ps(x, set1(floor), _CMP_NLT_UQ);

@@ -1,4 +1,4 @@
-// Sixteen fp32 lanes of AVX-512F. The three simd_*.h headers have the same names; simd_portable.h is the one to read.
+// Sixteen fp32 lanes of AVX-512F. The three simd_*.h headers define the same names; read simd_portable.h first.
 #pragma once
 
 #include <immintrin.h>

@@ -53,7 +53,7 @@ struct Statistics {
         if constexpr (kLabels) label[half][h] = as_int(t.row(kLabel, half, h));
       }
     // A column is summed over this thread's rows, then over the eight lanes of the warp that share the column, then
-    // over the four warps. `exchange` (tile.cuh) adds two columns at a time. The loops visit such columns together, so
+    // over the four warps. `exchange` (tile.cuh) takes two columns at a time. The loops visit such columns together, so
     // that their registers are free again early: with labels, summing column by column would spill.
     float sums[kPlanes][kBlockN / 32];
 #pragma unroll

@@ -13,8 +13,8 @@ struct alignas(128) Maps {
 // Checks the block, fills in the common parameters and creates the tensor maps. weights may be NULL.
 int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weights, int64_t weights_row_stride);
 
-// Launches a kernel on one cluster per pair of tiles, at most as many as the multiprocessors hold. ready: one bit
-// per device, set by the first launch on that device, which configures the kernel's shared memory.
+// Launches a kernel on one cluster per pair of tiles, at most as many as the multiprocessors hold. ready: one bit per
+// device, set by the first launch on that device, which configures the kernel's shared memory.
 int start(const void* kernel, int smem_bytes, std::atomic<uint64_t>& ready, const fastclip_cuda_block& block,
           Maps& maps, Params& p);
 

@@ -1,4 +1,5 @@
-// Gradients of the features: the products plus the diagonal pairs, projected, scaled and cast. Last chunk: d_scale too.
+// Gradients of the features: the products plus the diagonal pairs, projected, scaled and cast. The launch
+// for the last chunk also computes d_scale.
 //
 //   Math      g_k = raw_k + gain own_k factor_k factor'_k other_k, factor' being that of the other side
 //             out_k = upstream s (g_k - x_k <x_k, g_k> / <x_k, x_k>) inv_k / (factor_k gain)

@@ -43,9 +43,9 @@ int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_
   return N / rows * of_chunk(rows) + of_chunk(N % rows);
 }
 
-// The smallest number of rows per chunk that costs no time in comparison with `most` rows: it needs no more
-// chunks, no more waves in the kernel of the weights, and no more waves in the library's products with the texts. More
-// rows would use memory without saving time.
+// The smallest number of rows per chunk that is as fast as `most` rows: it needs no more chunks, no more waves in the
+// kernel of the weights, and no more waves in the library's products with the texts. More rows would use memory without
+// saving time.
 int64_t fewest_rows(int64_t N, int64_t columns, int64_t D, int64_t most, int processors) {
   constexpr int64_t kPair = 2 * kTileM;  // rows of a cluster
   const int64_t across = ceil_div(columns, tile_n(N)), across_product = ceil_div(D, kProductN);

@@ -1,5 +1,5 @@
-// Memory layout of the losses of pairs (loss.cu, sigmoid.cu): sizes and offsets in bytes. It uses neither
-// CUDA nor pointers, so that it can be tested anywhere. N images and N texts, no labels. Of arrays with two
+// Memory layout of the losses of pairs (loss.cu, sigmoid.cu): sizes and offsets in bytes. This code uses neither CUDA
+// nor pointers, so that it can be tested anywhere. There are N images, N texts and no labels. In arrays with two
 // elements, index 0 is the images' side.
 #pragma once
 #include <cstdint>

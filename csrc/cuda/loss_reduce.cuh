@@ -35,7 +35,7 @@ __device__ __forceinline__ double in_words(double x) {
 }
 
 // Finish index k of both sides. Called by whole warps with consecutive k. lse2: log2-sum-exp2 of row and column k.
-// served: the shared offset has lost no terms of either.
+// served: the shared offset has lost no terms of either sum.
 __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane, const double (&lse2)[2], bool served,
                                              bool exact) {
   double record[kRecordValues] = {0, 0, 0, 0};

@@ -1,4 +1,5 @@
-// Gradients of the sigmoid loss from the products of its weights. Last chunk: loss, d_scale and d_bias too.
+// Gradients of the sigmoid loss from the products of its weights. The launch for the last chunk also
+// computes the loss, d_scale and d_bias.
 //
 //   Math      gradients as in loss_finish.cu with upstream = 1 / divisor
 //             loss and d_bias = (sum over tiles + sum over diagonal pairs) / divisor

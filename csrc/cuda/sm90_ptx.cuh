@@ -42,8 +42,8 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, uint32_t bytes) {
                : "memory");
 }
 
-// Arrives without cluster scope, which would put fences into the main loop. None is needed, because only wgmma and the
-// TMA access a stage.
+// Arrives without cluster scope, which would put fences into the main loop. No fence is needed, because only wgmma and
+// the TMA access a stage.
 __device__ __forceinline__ void mbarrier_arrive_in(uint64_t* bar, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -211,7 +211,7 @@ __device__ __forceinline__ void load_later() { asm volatile("" ::: "memory"); }
 // d (64 x 2 kAcc) = a (64 x 16) b^T (2 kAcc x 16) [+ d]
 template <bool kHalf, int kAcc>
 __device__ __forceinline__ void wgmma(float (&d)[kAcc], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(kAcc == 96 || kAcc == 64 || kAcc == 32, "one asm statement a width");
+  static_assert(kAcc == 96 || kAcc == 64 || kAcc == 32, "one asm statement per width");
   if constexpr (kAcc == 96 && kHalf)
     asm volatile(WGMMA("192", "f16", NAMES96, "%96", "%97", "%98")
                  : REG32(0), REG32(32), REG32(64)

@@ -125,7 +125,7 @@ struct Epilogue {
   const Params& p;
   Tile tile;
   Place at;
-  int diagonal;  // column in which the tile's first row meets the diagonal, counted from the tile's first; or kNone
+  int diagonal;  // column in which the tile's first row meets the diagonal, counted from the tile's; or kNone
   Scratch<Op>& scratch;
   Stores<Op>& stores;
   const CUtensorMap* weights_map;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void find_constant(const Params& p, Smem<Op>& s) {
     const int blocks = (p.loss.N + kRowsOfBlock - 1) / kRowsOfBlock, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kWarps = kThreads / 32;
     float (&tops)[kBlockM] = s.scratch[0].row[0];
-    static_assert(2 * kWarps <= kBlockM, "two numbers a warp");
+    static_assert(2 * kWarps <= kBlockM, "two numbers per warp");
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       float top = 0.f;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void produce(const Params& p, Smem<Op>& s, const CUte
                                         const CUtensorMap& text_map, int cluster, int clusters, int count, int rank) {
   constexpr int kShare = Op::kBlockN / kCluster;  // rows of the text block that this CTA loads for both
   int stage = 0;
-  uint32_t parity = 1;  // a fresh barrier passes for released: the first wait of every stage returns at once
+  uint32_t parity = 1;  // a fresh barrier lets waits for parity 1 pass: no stage is in use yet
   for (int k = 0; k < count; ++k) {
     const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
 #pragma unroll 1

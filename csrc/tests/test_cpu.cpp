@@ -99,7 +99,7 @@ void nan_and_infinity_stay() {
   for_each_isa([] {
     for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // 3e38 overflows to infinity in the logit
       for (bool labels : {false, true}) {
-        if (labels && !std::isnan(value)) continue;  // the sum of positives is a double, and finite
+        if (labels && !std::isnan(value)) continue;  // the sum of positives is a double, in which 3e38 stays finite
         ContrastiveCase c{66, 530, labels};
         ContrastiveRun run(c);
         run.dot.at(65, 529) = value;
