@@ -108,7 +108,7 @@ struct Sigmoid {
       store_weights(t, pair);
     } else {
 #pragma unroll
-      for (int c = 0; c < kBlockN / 8; ++c)  // the outer loop, because registers would spill otherwise
+      for (int c = 0; c < kBlockN / 8; ++c)  // outer loop: otherwise registers spill
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
 #pragma unroll

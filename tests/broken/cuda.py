@@ -57,7 +57,7 @@ PROMISES = [
             Break(
                 "own pairs count, backward",
                 "csrc/cuda/contrastive_bwd.cu",
-                old="if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // also an infinite one",
+                old="if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // even if it is infinite",
                 new="",
             ),
             Break(
@@ -174,7 +174,7 @@ PROMISES = [
                 "all columns at once",
                 "csrc/cuda/sigmoid_fwd.cu",
                 old=(
-                    "for (int c = 0; c < kBlockN / 8; ++c)  // outside: the other way round it spills\n"
+                    "for (int c = 0; c < kBlockN / 8; ++c)  // outer loop: otherwise registers spill\n"
                     "#pragma unroll\n"
                     "        for (int half = 0; half < kHalves; ++half)"
                 ),
