@@ -129,7 +129,9 @@ def _served() -> Iterator[Finding]:
             except RuntimeError as error:  # FASTCLIP_BACKEND names a backend that refuses
                 yield _finding("served by", name, str(error), unset)
                 continue
-            except ValueError as error:  # FASTCLIP_BACKEND names no backend: the other lines would repeat this
+            except (
+                ValueError
+            ) as error:  # FASTCLIP_BACKEND is not the name of a backend: the other lines would repeat this
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
             if chosen == "reference" and env.backend() != "reference":
@@ -146,7 +148,7 @@ def _environment() -> Iterator[Finding]:
             close = difflib.get_close_matches(name, env.OWN, 1)
             state, advice = "warning", f"fastclip does not read it{'; did you mean ' + close[0] + '?' if close else ''}"
         elif name == "TRITON_INTERPRET" and value != "0":
-            state, advice = "warning", "unset it: with it, Triton's kernels run as Python on the CPU, for debugging"
+            state, advice = "warning", "unset it: it makes Triton's kernels run as Python on the CPU, for debugging"
         elif name == "FASTCLIP_WORKSPACE_MB":
             try:
                 env.workspace_bytes()

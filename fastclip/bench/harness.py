@@ -1,4 +1,4 @@
-"""Timing in paired rounds, with one row per provider and rows in a CSV file.
+"""Timing in paired rounds. The results, one row per provider, can be appended to a CSV file.
 
 A round runs every provider once, one after another. Each figure that compares two providers is the median of the ratios
 within rounds, because the speed of the machine may drift between rounds, but hardly within one.
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def products(self) -> int:
-        """Number of matrix products of 2 N^2 D operations that the loss needs at least."""
+        """Least number of matrix products, of 2 N^2 D operations each, that the loss needs."""
         if self.loss == "sigmoid":
             return {"both": 3}[self.mode]  # its forward pass also computes the gradients
         return {"forward": 1, "backward": 3, "both": 4}[self.mode]
@@ -53,7 +53,7 @@ class Case:
 class Provider:
     """A loss to be timed. `prepare()`, which is not timed, returns the timed step.
 
-    The recorded time is that of the step multiplied by `times`.
+    The recorded time is the duration of the step, multiplied by the factor `times`.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Timings:
         self.rounds.setdefault(provider.name, []).append(provider.times * seconds)
 
     def ratio(self, name: str, other: str, digits: int, unit: float = 1.0) -> float | str:
-        """Return how many times as fast as `other` a provider is, times `unit`, or "" if `other` was not run."""
+        """Return the speed of a provider relative to `other`, multiplied by `unit`, or "" if `other` was not run."""
         if other not in self.rounds:
             return ""
         ratios = (b / a for a, b in zip(self.rounds[name], self.rounds[other], strict=True))
@@ -115,16 +115,18 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
 
 
 def check_columns(path: Path, columns: list[str]) -> None:
-    """Raise ValueError if the CSV file exists and has other columns."""
+    """Raise ValueError if the CSV file exists and its columns are not `columns`."""
     if path.exists():
         with path.open(newline="") as file:
             header = next(csv.reader(file), [])
         if header != columns:
-            raise ValueError(f"{path} has other columns ({', '.join(header)}): move it away")
+            raise ValueError(
+                f"{path} has other columns ({', '.join(header)}) than this benchmark: rename it, or choose another file"
+            )
 
 
 def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Append rows to a CSV file, with `about`, which describes the machine. Raise ValueError if its columns differ."""
+    """Append rows to a CSV file, each with the columns `about` of the machine. Raise ValueError if columns differ."""
     columns = [*new[0], *about]
     path.parent.mkdir(parents=True, exist_ok=True)
     check_columns(path, columns)

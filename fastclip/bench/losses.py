@@ -36,7 +36,7 @@ DENSE: dict[str, Loss] = {"softmax": _dense_softmax, "sigmoid": _dense_sigmoid} 
 
 
 def features(N: int, D: int, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return normalised features (N, D) that require gradients, each text as far from its image as in training."""
+    """Return normalised features (N, D) that require gradients. The cosine of a pair is about 0.3."""
     generator = torch.Generator(device).manual_seed(N + seed)
 
     def directions() -> Tensor:
@@ -67,7 +67,7 @@ def step_of(case: Case, loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
 
 
 def check_one(name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raise CheckFailed unless the value and the gradients in `expected` agree, within the precision of the dtype."""
+    """Raise CheckFailed unless value and gradients of `loss` equal `expected` within the precision of the dtype."""
     rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
     value = loss(*leaves)
     gradients = torch.autograd.grad(value, leaves[: len(expected) - 1])

@@ -1,4 +1,7 @@
-"""Timing of fastclip's losses on every backend, of open_clip and of the dense formula, checked against one truth."""
+"""Timing of fastclip's losses on every backend, of open_clip and of the dense formula.
+
+Every loss is first checked against the same reference values (`blockwise_truth`).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def measure(
 
     Raises:
         ValueError: an option is invalid, or the GPU is missing.
-        FloatingPointError: a loss of fastclip differs from the truth.
+        FloatingPointError: a loss of fastclip differs from the reference values (`blockwise_truth`).
     """
     device = _device(device)
     sizes, dtype = sizes or SIZES[device], dtype or DTYPES[device]
@@ -70,7 +73,7 @@ def measure(
 
 
 def columns(device: str | None = None) -> list[str]:
-    """Return the columns of a CSV file of `measure`'s rows and machine. Raise ValueError if the GPU is missing."""
+    """Return the columns of a CSV file with the rows and the machine of `measure`. Raise ValueError without the GPU."""
     return [*_blank(Case("softmax", "both", 1, 1, "float32")), *_about(_device(device))]
 
 
@@ -99,7 +102,7 @@ def _losses(case: Case, device: str) -> dict[str, Loss]:
     function: Any = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}[case.loss]
     features = torch.empty(1, case.D, dtype=getattr(torch, case.dtype), device=device)
     for name, state in backends().items():
-        # The reference is the dense formula, and Triton's interpreter, for debugging on a CPU, is slow
+        # Left out: the reference, which is the dense formula, and Triton's slow interpreter, which is for debugging
         if state != "available" or name == "reference" or (device == "cpu") != (name == "cpu"):
             continue
         try:
@@ -135,7 +138,7 @@ def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
         else:
             providers.append(Provider(name, prepare))
     if not any(provider.name.startswith("fastclip") for provider in providers):
-        status["fastclip"] = f"only the reference backend supports {case.dtype} on this device: see fastclip doctor"
+        status["fastclip"] = f"only the reference backend supports {case.dtype} on this device: run fastclip doctor"
     timings = Timings(clock=_gpu_clock() if device == "cuda" else wall_clock)
     for _ in range(rounds):
         for provider in providers:

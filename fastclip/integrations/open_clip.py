@@ -23,12 +23,13 @@ def patch_open_clip() -> None:
     """Make ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` compute fastclip's losses, wherever they were imported.
 
     The forward of both classes is replaced, so ``open_clip.create_loss``, ``open_clip_train`` and existing instances
-    need no change. Values and gradients remain those of open_clip up to rounding (the gradient of ``logit_scale`` after
-    DDP's mean over processes):
+    need no change. Values and gradients remain those of open_clip up to rounding. For ``logit_scale``, this holds for
+    the gradient after DDP's mean over processes.
 
     - With ``world_size > 1``, ``ClipLoss`` is computed by fastclip if ``local_loss`` and ``gather_with_grad`` are both
-      set (``--local-loss --gather-with-grad``). Other flags give other gradients, or another value on each rank, than
-      `fastclip.ClipLoss`. With these, or with Horovod, open_clip computes the loss, and a warning is logged once.
+      set (``--local-loss --gather-with-grad``). With other flags, the gradients of open_clip, or its value on each
+      rank, differ from those of `fastclip.ClipLoss`. With such flags, or with Horovod, open_clip computes the loss, and
+      a warning is logged once.
     - ``SigLipLoss`` is computed by fastclip for every ``dist_impl``, because all of them compute the same loss.
     - ``CoCaLoss`` takes its contrastive part from ``ClipLoss``, and thus from fastclip. ``DistillClipLoss`` needs the
       logits and is not changed.
@@ -40,12 +41,14 @@ def patch_open_clip() -> None:
 
     Raises:
         ImportError: open_clip is not installed.
-        RuntimeError: the version of open_clip is not known, or its losses were changed. Nothing is replaced.
+        RuntimeError: the version of open_clip is not 3.3, or its losses were changed. Nothing is replaced.
     """
     import open_clip.loss as theirs
     from open_clip import __version__ as version
 
-    check_version(_PACKAGE, version, _KNOWN, _KNOWN, "import ClipLoss and SigLipLoss from fastclip where you train")
+    check_version(
+        _PACKAGE, version, _KNOWN, _KNOWN, "import ClipLoss and SigLipLoss from fastclip in your training code"
+    )
     clip, sigmoid = original(_PACKAGE, theirs.ClipLoss), original(_PACKAGE, theirs.SigLipLoss)
     _check(theirs, clip, sigmoid)
     replace(
@@ -73,7 +76,7 @@ def _clip_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]
         if self.world_size == 1 or (self.local_loss and self.gather_with_grad and not self.use_horovod):
             return clip_loss(self, *args, **kwargs)
         calls.warn_once(
-            f"open_clip's own ClipLoss is used: with world_size={self.world_size} fastclip computes the loss only for "
+            f"open_clip's ClipLoss is used: with world_size={self.world_size}, fastclip computes the loss only for "
             "local_loss=True and gather_with_grad=True (--local-loss --gather-with-grad), without Horovod"
         )
         return dense(self, *args, **kwargs)

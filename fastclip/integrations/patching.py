@@ -21,7 +21,7 @@ __all__ = ["Calls", "check_same_loss", "check_version", "original", "replace", "
 logger = logging.getLogger(__name__)
 
 _RELATIVE = 1e-9  # tolerance of losses and gradients in float64, relative and absolute
-# package -> class -> (forward before, ours)
+# package -> class -> (original forward, fastclip's forward)
 _patches: dict[str, dict[type, tuple[Callable[..., Any], Callable[..., Any]]]] = {}
 
 
@@ -107,7 +107,7 @@ class Calls:
         return inspect.isfunction(x) and x.__module__ == self.owner.__module__
 
     def replaced(self, model: Any) -> bool:
-        """Return True if a subclass, the instance or a patch replaces one of them, with a warning logged once."""
+        """Return True, and log a warning once, if a subclass, the instance or a patch replaces one of the functions."""
         kind = type(model)
         names = [
             f"{kind.__name__}.{name}"
@@ -117,8 +117,8 @@ class Calls:
         names += [name for name, (module, known) in self._functions.items() if module[name] is not known]
         if names:
             self.warn_once(
-                f"the loss of {kind.__name__} is left to {self.owner.__module__}: it replaces {', '.join(names)}, "
-                "which fastclip's loss would not call"
+                f"{self.owner.__module__} computes the loss of {kind.__name__}, because fastclip's loss would not call "
+                f"functions that were replaced: {', '.join(names)}"
             )
         return bool(names)
 
@@ -130,16 +130,18 @@ class Calls:
 
 
 def check_version(package: str, version: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:
-    """Check that the major and minor number of `version` are between `oldest` and `newest`, inclusive.
+    """Check that the major and minor numbers of `version` are between `oldest` and `newest`, inclusive.
 
     Raises:
-        RuntimeError: they are not. The message recommends `instead`.
+        RuntimeError: the version is outside. The message offers `instead`, an instruction, as the alternative.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and oldest <= (int(numbers[1]), int(numbers[2])) <= newest:
         return
     known = " to ".join(f"{major}.{minor}" for major, minor in dict.fromkeys((oldest, newest)))
-    raise RuntimeError(f"{package} {version} cannot be patched, {known} can: install such a version, or {instead}")
+    raise RuntimeError(
+        f"fastclip can patch {package} {known}, but {version} is installed: install a supported version, or {instead}"
+    )
 
 
 def check_same_loss(what: str, theirs: Callable[[], Any], ours: Callable[[], Any], leaves: Sequence[Tensor]) -> None:

@@ -50,7 +50,7 @@ def patch_transformers(*, group: Any = None) -> None:
         ImportError: transformers is not installed.
         ValueError: the group is a string other than "world", or this process is not a member of it.
         TypeError: the group is not a process group.
-        RuntimeError: the version of transformers is not known, a forward was changed, or a group is given but
+        RuntimeError: the version of transformers is not 5.0 to 5.24, a forward was changed, or a group is given but
             `torch.distributed` is not available or not initialised. Nothing is replaced.
     """
     from transformers import __version__ as version
@@ -60,7 +60,7 @@ def patch_transformers(*, group: Any = None) -> None:
             raise ValueError(f'group must be a process group, "world" or None, got {group!r}')
     else:
         check_group(group)
-    check_version(_PACKAGE, version, _OLDEST, _NEWEST, "call fastclip's losses where you train")
+    check_version(_PACKAGE, version, _OLDEST, _NEWEST, "call fastclip's losses in your training code")
     forwards = {}
     for kind in _kinds():
         dense = original(_PACKAGE, kind.model)
@@ -120,7 +120,7 @@ def _kinds() -> tuple[_Kind, ...]:
 
 
 def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: Any) -> Callable[..., Any]:
-    """Return the new forward. `dense` is the original forward, with its `calls`. The options are those of the loss."""
+    """Return the new forward. `dense` is the original forward, which calls `calls`. `options` are those of the loss."""
     from transformers.utils.generic import can_return_tuple
 
     @can_return_tuple
@@ -211,7 +211,7 @@ def _siglip_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
 
 
 def _align_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
-    """Return the mean of both directions, as transformers does. ALIGN's paper has their sum."""
+    """Return the mean of both directions, as transformers does. The ALIGN paper uses the sum."""
     scale = 1 / self.temperature
     return contrastive_loss(image, text, scale, normalize=False, label_smoothing=0.1, **options)
 

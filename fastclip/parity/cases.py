@@ -39,7 +39,7 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
     uneven = [0 if ranks > 2 and r == 1 else batch - r * batch // (ranks + 1) for r in range(ranks)]
 
     def features(images: list[int], texts: list[int]) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """Return features in which every other text is its image plus noise, so that rows are peaked and flat."""
+        """Return features. Alternate texts are their image plus noise, so that some rows are peaked and others flat."""
         M, N = sum(images), sum(texts)
         image, text = (torch.randn(n, dim, dtype=torch.float64, generator=generator) for n in (M, N))
         text[: min(M, N) : 2] = image[: min(M, N) : 2] + 0.5 * text[: min(M, N) : 2]

@@ -1,4 +1,7 @@
-"""Comparison of every form, backend and dtype with the truth and the promised errors, on every case."""
+"""Comparison of the losses with float64 results (`truth`) on every case, within the promised errors.
+
+Every form (way to obtain the other ranks' texts, or module), backend and dtype is compared.
+"""
 
 from __future__ import annotations
 
@@ -172,9 +175,10 @@ def _errors(
 
     If a rank raised, the errors are NaN and the message is that of its exception.
 
-    Rank r of W returns L_r, whose mean over ranks is the loss. Gradients are those of the sum of all L_r: the mean of
-    the scalars' gradients is the truth, and a feature's gradient is W times the truth. With reduction="none" a rank
-    returns the losses of its rows, and nothing is multiplied by W.
+    Rank r of W returns L_r, and the loss is the mean of L_r over the ranks. A rank's gradient of its features is
+    that of the sum of all L_r, so it is W times the true gradient. A rank's gradient of a scalar is averaged over the
+    ranks, as DDP does, and the mean is the true gradient. With reduction="none", a rank returns the losses of its rows,
+    and nothing is multiplied by W.
     """
     (rank, _), raised = _place(), ""
     shards = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
@@ -228,7 +232,8 @@ def _budgets(
 ) -> dict[str, float]:
     """Return the promised relative errors for `_COLUMNS`.
 
-    A budget combines an error relative to the value with one relative to the sum of the magnitudes it is made of.
+    A budget is the sum of an error relative to the value and an error relative to the sum of the absolute values of the
+    terms that add up to the value.
     """
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     on_gpu, smoothed = device.type == "cuda", bool(case.options.get("label_smoothing"))

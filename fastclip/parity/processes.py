@@ -64,11 +64,13 @@ def run(
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     if nproc and launched and nproc != launched.ranks:
-        raise ValueError(f"--nproc {nproc}, but the launcher started {launched.ranks} processes (WORLD_SIZE)")
+        raise ValueError(
+            f"--nproc is {nproc}, but the launcher started {launched.ranks} processes (WORLD_SIZE): leave --nproc out"
+        )
     ranks = launched.ranks if launched else nproc or 2
     check_name(backend)
     if backend and (state := backends()[backend]) != "available":
-        raise ValueError(f"--backend {backend} cannot run here: {state}")
+        raise ValueError(f"the backend {backend} (--backend) cannot run here: {state}")
     local = launched.local_ranks if launched else ranks
     device = device or ("cuda" if torch.cuda.device_count() >= local else "cpu")
     if device == "cuda" and torch.cuda.device_count() < local:

@@ -23,7 +23,7 @@ _EPS = 1e-12  # the smallest norm, as in torch.nn.functional.normalize
 
 
 class Truth(NamedTuple):
-    """Loss and gradients in float64, and the sums of the magnitudes that each gradient is made of."""
+    """Loss and gradients in float64, and the sums of the absolute values of the terms of each gradient."""
 
     loss: Tensor  # (), or (M + N,) for reduction="none"
     d_image: Tensor  # (M, D)
@@ -137,7 +137,7 @@ def sigmoid_loss_of(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def blockwise_truth(loss: str, leaves: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Return the loss of pairs and its gradients by image (N, D), text (N, D), scale and, for the sigmoid loss, bias.
+    """Return the loss of pairs and its gradients: of image (N, D), text (N, D), scale and, for the sigmoid loss, bias.
 
     Args:
         loss: "softmax" or "sigmoid". Features are not normalised.
@@ -188,9 +188,9 @@ def _sigmoid(image: Tensor, text: Tensor, rows: int, scale: Tensor, bias: Tensor
 
 
 def _scaled(value: Tensor, d_image: Tensor, d_text: Tensor, image: Tensor, scale: Tensor, n: int) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients, given the products of G with the features.
+    """Return the loss and the gradients, given G @ text and G.T @ image, where G / n are the derivatives of the logits.
 
-    <image, d_image> is the gradient of the scale times the scale.
+    With the final d_image, scale * d_scale = <image, d_image>, so d_scale needs no further product.
     """
     d_scale = ((image * d_image).sum(dtype=torch.float64) / n).to(image.dtype)
     return value, d_image.mul_(scale / n), d_text.mul_(scale / n), d_scale

@@ -31,21 +31,21 @@ def claim(
         older: converts the options that an older version recorded to the form of this version.
 
     Raises:
-        ValueError: the folder holds results of other options, which the message names, of a version of fastclip with
-            other options, or without recorded options.
+        ValueError: the folder records other values of the options (the message names them), or it was written by a
+            version of fastclip that has other options, or it contains results but no record of the options.
     """
     file = folder / name
     if file.is_file():
         before = older(read_json(file))
         if before.keys() != options.keys():
-            raise ValueError(f"{folder} was begun by another version of fastclip: take another folder")
+            raise ValueError(f"{folder} was created by another version of fastclip: choose another folder")
         now = json.loads(json.dumps(options))  # a tuple is read back as a list
         if changed := [key for key in now if before[key] != now[key]]:
-            message = ", ".join(f"{key} was {_short(before[key])}, is {_short(now[key])}" for key in changed)
-            raise ValueError(f"{folder} belongs to another call: {message}; take another folder")
+            message = ", ".join(f"{key} was {_short(before[key])}, is now {_short(now[key])}" for key in changed)
+            raise ValueError(f"{folder} belongs to another call: {message}; choose another folder")
         return
     if foreign := next((path for path in folder.glob(result) if path.name != LOCK), None):
-        raise ValueError(f"{foreign} was not written by this command: take another folder")
+        raise ValueError(f"{foreign} was not written by this command: choose another folder")
     write_json(file, dict(options), indent=1)
 
 

@@ -1,10 +1,11 @@
-"""Files and folders that are complete or absent, even if the process dies or the machine stops while they are written.
+"""Files and folders that are never seen half-written, even if the process dies or the machine stops during the write.
 
 Everything is written to a temporary name in the same folder, ``.NAME.RANDOM.tmp``, flushed to the disk (fsync) and then
 renamed. A folder that is being replaced has the name ``.NAME.old`` until the new one is in place.
 
 The names are random because a process id is not unique: containers that share a disk may use the same id. The writer of
-a temporary file therefore cannot be determined, and a file that has not changed for an hour counts as abandoned.
+a temporary file therefore cannot be determined. A temporary file that has not changed for an hour is assumed to be
+abandoned. In this module, `half` is the path of a temporary file or folder.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
     The file gets the mode that the umask gives, whichever library writes it. Several processes may write `path` at the
     same time: it then holds the complete output of one of them. A killed process leaves its temporary file behind, for
-    `mend_files`. A link stays, and its target is replaced. Pipes and devices are written in place.
+    `mend_files`. If `path` is a link, it is kept, and its target is replaced. Pipes and devices are written in place.
 
     Raises:
         OSError: the system's error, with `path` in place of the temporary name.
@@ -131,7 +132,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path, half: Path | None = None) -> Iterator[None]:
-    """Name `path` in errors of its disk, which the system reports without a name, and in those that name `half`."""
+    """Put the name `path` into errors of the disk, which name no file, and into errors that name the file `half`."""
     try:
         yield
     except OSError as error:
@@ -156,8 +157,8 @@ def is_special(path: Path) -> bool:
 def new_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, whose files move to `folder` when the block ends, or are removed if it raises.
 
-    Other files of `folder` stay, and a full disk changes nothing. Files are renamed one after another, so a process
-    that is killed in between leaves some new files beside old ones.
+    Other files in `folder` are kept. If the disk is full, `folder` is left unchanged. Files are renamed one after
+    another, so a process that is killed in between leaves some new files beside old ones.
 
     Raises:
         OSError: the system's error, with the name in `folder` in place of the temporary name.
@@ -188,7 +189,7 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
 
     Args:
         owned: no other process writes into the folder, so all temporary files are removed, except those of files with
-            their own lock (`owner.py`). Without `owned`, and for these, files younger than an hour stay.
+            their own lock (`owner.py`). Without `owned`, and for these, files younger than an hour are kept.
     """
     for half, name in _halves(folder):
         with suppress(OSError):  # the writer has just renamed it, or the folder is read-only
@@ -281,7 +282,10 @@ def _beside(path: Path) -> Path:
 
 
 def _halves(folder: Path, names: str = "*") -> Iterator[tuple[Path, str]]:
-    """Yield the temporary files in `folder` and the names they stand for, but not a user's .notes.v2.tmp."""
+    """Yield each temporary file in `folder` and the name that its file will get.
+
+    Similarly named files of the user, such as .notes.v2.tmp, are left out.
+    """
     for path in folder.glob(".*.tmp"):
         if (match := _HALF.fullmatch(path.name)) and fnmatchcase(match["name"], names):
             yield path, match["name"]

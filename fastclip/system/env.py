@@ -12,7 +12,7 @@ RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, set by torchrun, describe a c
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE locate their rendezvous.
 TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_RESTART_COUNT identify a job that was restarted, perhaps on another host.
 TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION determine how a terminal can show images.
-`fastclip doctor` lists the variables that are set, of fastclip and of Triton, OpenMP and CUDA.
+`fastclip doctor` lists those variables of fastclip, Triton, OpenMP and CUDA that are set.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", *_S
 
 
 def in_effect() -> dict[str, str]:
-    """Return the variables that are set and affect the package: all FASTCLIP_*, and some of its libraries."""
+    """Return the variables that are set and affect the package: all FASTCLIP_*, and some that its libraries read."""
     names = [name for name in sorted(os.environ) if name.startswith("FASTCLIP_") or name in _OF_OTHERS]
     return {name: os.environ[name] for name in names if os.environ[name]}
 
 
 def backend() -> str | None:
     """Return the name of the backend that FASTCLIP_BACKEND selects, or None."""
-    # Every call of a loss runs this. `in` takes a third of the time of a `get` that finds nothing.
+    # Every call of a loss runs this. `in` takes a third of the time of `get` for a variable that is not set.
     return (os.environ["FASTCLIP_BACKEND"] or None) if "FASTCLIP_BACKEND" in os.environ else None
 
 
@@ -140,7 +140,7 @@ def job() -> str:
 
 @contextmanager
 def deterministic_cublas() -> Iterator[None]:
-    """Make cuBLAS repeat products bit for bit, if its first product runs inside the block. A user's setting stays."""
+    """Make cuBLAS repeat products bit for bit, if its first product runs inside the block. A user's setting is kept."""
     name = "CUBLAS_WORKSPACE_CONFIG"
     with _variable(name, os.environ.get(name, ":4096:8")):
         yield
@@ -150,7 +150,7 @@ def let_threads_sleep() -> bool:
     """Make OpenMP's threads sleep while they wait, if they outnumber the free cores. Return True if this was set.
 
     A spinning thread may keep the thread it waits for from running. This has an effect only before torch is imported,
-    because torch loads OpenMP. A user's setting stays.
+    because torch loads OpenMP. A user's setting is kept.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in _SPINNING):
         return False
@@ -164,7 +164,7 @@ def let_threads_sleep() -> bool:
 def terminal_protocol() -> str:
     """Return the terminal's image protocol, "kitty" or "iterm", or "" if it is not known to show images."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
-    if term.startswith(("screen", "tmux")):  # the terminal behind it is not known
+    if term.startswith(("screen", "tmux")):  # the terminal behind screen or tmux is not known
         return ""
     if os.environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
         return "kitty"

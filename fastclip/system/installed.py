@@ -24,7 +24,7 @@ def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
         path = Path(folder) / name
         if path.is_file():
             return path
-    raise ImportError(f"{what} {name} is read from {install}, which is not installed: pip install {install}")
+    raise ImportError(f"{what} {name} comes with the package {install}, which is not installed: pip install {install}")
 
 
 def installed_version(distribution: str) -> str:

@@ -19,7 +19,7 @@ def lazy_names(namespace: dict[str, Any], modules: Mapping[str, str]) -> Callabl
 
     Args:
         namespace: the package's ``globals()``.
-        modules: full name of the module that defines each name.
+        modules: maps each name to the full name of the module that defines it.
     """
 
     def __getattr__(name: str) -> Any:

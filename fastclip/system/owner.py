@@ -1,10 +1,10 @@
 """Exclusive ownership of outputs.
 
-A second command that writes to the same place is refused with a message that names the current owner.
+A second command that writes to the same output is refused with a message that names the current owner.
 
 A hidden file, ``.fastclip.lock`` in a folder or ``.NAME.lock`` beside a file, records the owner of the output and is
 locked while its process lives. The kernel releases a POSIX lock however the process dies, and forked children do not
-inherit it. On some network disks locks do not reach other hosts, so the recorded host counts as well.
+inherit it. On some network disks, locks are not visible to other hosts, so the recorded host is checked too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPN
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _TRIES = 100  # attempts to lock a file that others keep replacing
 _SETTLES = 0.1  # seconds, after which the last of several simultaneous writers is the owner
-_BYTE = 2**30  # the byte that is locked on Windows; other processes can still read those before it
+_BYTE = 2**30  # the byte that is locked on Windows; other processes can still read the bytes before it
 P = ParamSpec("P")
 T = TypeVar("T")
 _mutex = threading.Lock()
@@ -51,7 +51,7 @@ def output_path(path: str | Path) -> Path:
         ValueError: the path is empty, which would mean the working directory, or its user is unknown.
     """
     if not str(path).strip():
-        raise ValueError("the output must have a name, got an empty one")
+        raise ValueError("the path of the output must not be empty")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~NAME of an unknown user
@@ -188,7 +188,7 @@ def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]
         return
     if holder is not None:
         raise BlockingIOError(
-            f"{output} is in use by another thread of this process: wait for it, or use another place"
+            f"{output} is in use by another thread of this process: wait for it, or choose another output"
         )
     lock = folder / name
     try:
@@ -220,7 +220,7 @@ def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
         raise
     except OSError as error:
         raise type(error)(f"{output} cannot be written: {error.strerror}") from error
-    raise BlockingIOError(f"{output} is being locked and released by other processes repeatedly: use another place")
+    raise BlockingIOError(f"other processes keep locking and releasing {output}: choose another output")
 
 
 def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bool:
@@ -234,11 +234,16 @@ def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bo
     # Without locks, the content of the file alone tells if the owner lives
     if locked is False or (locked is None and before is not None and not elsewhere and _alive(before)):
         if not (elsewhere and force):
-            raise BlockingIOError(f"{output} is in use by {before or 'another process'}: end it, or use another place")
+            raise BlockingIOError(
+                f"{output} is in use by {before or 'another process'}: stop it, or choose another output"
+            )
         lock.unlink(missing_ok=True)
         return False
     if foreign and not force:
-        raise BlockingIOError(f"{output} is in use by {before}, another host: if it has ended, take over with --force")
+        raise BlockingIOError(
+            f"{output} is in use by {before}, which is on another host: if that process has ended, pass --force to "
+            "take the output over"
+        )
     if before is not None:
         logger.info("%s: taken over from %s, which has ended or was overridden by --force", output, before)
     try:
@@ -253,7 +258,7 @@ def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bo
 
 
 def _is_earlier(job: str, now: str) -> bool:
-    """Return True if `job` is an earlier start of the job `now`, which must have ended, on any host."""
+    """Return True if `job` is an earlier start of the job `now`. The earlier start has then ended, on whatever host."""
     name, _, start = now.rpartition("/")
     before, _, number = job.rpartition("/")
     return bool(name) and name == before and (not start or (number.isdecimal() and int(number) < int(start)))
@@ -332,7 +337,7 @@ def _start(pid: int) -> str:
     """Return the start time of a process of this host, for comparison, or "" if it is gone or the time is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"  # field 22
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"  # field 22: start time
     except (OSError, IndexError):
         return ""
 

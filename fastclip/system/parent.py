@@ -15,8 +15,8 @@ _PAUSE = 1.0  # seconds between two checks
 def end_with_parent(parent: int | None = None) -> None:
     """End this process about a second after its parent ends, even if the parent was killed with kill -9.
 
-    A thread checks the parent's pid. The main thread may be stuck in a read or in a full pipe. A parent-death signal
-    (Linux's prctl) is no alternative: it is sent when the thread that started this process ends.
+    A thread checks the parent's pid, because the main thread may be blocked in a read or by a full pipe. Linux's
+    parent-death signal (prctl) is not used: it is sent as soon as the thread that started this process ends.
 
     Args:
         parent: pid of the process that forked this one, which may have ended already. None means the current parent.

@@ -39,13 +39,13 @@ class Progress:
             self._bar.close()
 
     def count(self, by: int = 1) -> None:
-        """Count without writing a line, which `show` does."""
+        """Count without logging a line. `show` logs one."""
         self._done += by
         if self._bar is not None:
             self._bar.update(by)
 
     def moved(self, by: int = 1) -> None:
-        """Count, and log a line with the speed if one is due."""
+        """Count, and log a line with the speed if the last line is a few seconds old."""
         self.count(by)
         seconds = time.monotonic() - self._begun
         if seconds >= _PAUSE and self._line_is_due():

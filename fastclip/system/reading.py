@@ -1,4 +1,4 @@
-"""Reading of untrusted files: unexpected content raises a ValueError that names the file, and no code in it runs."""
+"""Reading of untrusted files: unexpected content raises a ValueError that names the file. No code in them is run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not UTF-8, not JSON, nested too deep, or holds another kind of value. It is named.
+        ValueError: the file is not UTF-8, not JSON, nested too deep, or contains another kind of value. The message
+            names the file.
     """
     return parse_json(Path(path).read_bytes(), str(path), kind)
 
@@ -63,7 +64,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             values = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # constructors, too
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # constructors raise these, too
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")

@@ -1,4 +1,4 @@
-"""Integer division that rounds up. Imports nothing."""
+"""Integer division that rounds up, without imports, so that any module can use it."""
 
 from __future__ import annotations
 

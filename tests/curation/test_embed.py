@@ -131,7 +131,7 @@ def test_embedding_reader_reads_the_folder(embedder: Embedder, digits: Source, t
 
 def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     embed_source(embedder, digits, tmp_path / "a", samples_per_file=30)
-    with pytest.raises(ValueError, match=r"belongs to another call: dtype was float16, is float32; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: dtype was float16, is now float32; choose another"):
         embed_source(embedder, digits, tmp_path / "a", samples_per_file=30, dtype="float32")
     (tmp_path / "a" / "options.json").unlink()
     with pytest.raises(ValueError, match=r"_emb_\d\.npy was not written by this command"):
@@ -199,7 +199,9 @@ def test_same_name_in_another_folder_is_another_call(
         monkeypatch.chdir(tmp_path / name)
         if name == "a":
             embed_source(embedder, open_source("data"), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"another call: source was .*/a/data, is .*/b/data; take another folder"):
+    with pytest.raises(
+        ValueError, match=r"another call: source was .*/a/data, is now .*/b/data; choose another folder"
+    ):
         embed_source(embedder, open_source("data"), tmp_path / "out")
 
 
@@ -212,7 +214,9 @@ def test_every_part_of_a_mixture_has_its_place(
         monkeypatch.chdir(tmp_path / name)
         if name == "a":
             embed_source(embedder, open_source(f"{first}::2*data"), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"another call: source was .*2\*\S+/a/data, is .*2\*\S+/b/data; take another"):
+    with pytest.raises(
+        ValueError, match=r"another call: source was .*2\*\S+/a/data, is now .*2\*\S+/b/data; choose another"
+    ):
         embed_source(embedder, open_source(f"{first}::2*data"), tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert embed_source(embedder, open_source("./first/::2*a/data"), tmp_path / "out").kept == 1

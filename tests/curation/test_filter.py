@@ -152,7 +152,9 @@ def test_scores_are_those_of_the_captions_and_the_place(
     monkeypatch.chdir(tmp_path / "a")
     filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(ValueError, match=r"source was \S+/a/t.csv, is \S+/b/t.csv, pictures and captions was \w+, is "):
+    with pytest.raises(
+        ValueError, match=r"source was \S+/a/t.csv, is now \S+/b/t.csv, pictures and captions was \w+, is now "
+    ):
         filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
 
 
@@ -297,7 +299,7 @@ def test_killed_search_commands_go_on_to_the_same_bytes(tmp_path: Path) -> None:
 def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
     before = files(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is 0\.2; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is now 0\.2; choose another"):
         filter_source(embedder, digits, tmp_path / "a", threshold=0.2)
     assert files(tmp_path / "a") == before
     (tmp_path / "b").mkdir()
@@ -340,7 +342,7 @@ def test_pictures_that_were_replaced_are_other_data(embedder: Embedder, tmp_path
     found = filter_source(embedder, source, tmp_path / "scored", **options)["similarity"]["mean"]
     true = [value for values in similarities(embedder, source) for value in values]
     assert found == pytest.approx(np.mean(true), abs=1e-6)
-    with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is \w+; take another"):
+    with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is now \w+; choose another"):
         filter_source(embedder, source, tmp_path / "kept", threshold=-1, **options)
     assert files(tmp_path / "kept") == before
 
@@ -352,7 +354,10 @@ def test_largest_picture_is_part_of_the_call(embedder: Embedder, digits: Source,
         filter_source(embedder, digits, tmp_path / "none", threshold=-1.0, scores=tmp_path / "scores")
     again = filter_source(embedder, digits, tmp_path / "again", threshold=-1.0, scores=tmp_path / "scores")
     assert again["causes"] == found["causes"] and again["counts"]["kept"] == len(digits)
-    with pixels_limited(10**8), pytest.raises(ValueError, match="another call: max_pixels was 89478485, is 100000000"):
+    with (
+        pixels_limited(10**8),
+        pytest.raises(ValueError, match="another call: max_pixels was 89478485, is now 100000000"),
+    ):
         filter_source(embedder, digits, tmp_path / "again", threshold=-1.0, scores=tmp_path / "scores")
 
 
@@ -383,7 +388,7 @@ def test_scores_that_are_computed_anew_meet_no_result_of_before(
 def test_result_is_left_alone_by_a_call_without_a_threshold(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     filter_source(embedder, digits, tmp_path, threshold=0.1, batch_size=BATCH)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is None; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is now None; choose another"):
         filter_source(embedder, digits, tmp_path, batch_size=BATCH)
     assert files(tmp_path) == before
 
@@ -415,4 +420,4 @@ def test_command_filters_and_goes_on(embedder: Embedder, tmp_path: Path, capsys:
     assert capsys.readouterr().out.splitlines()[-1].split() == ["kept", "5", "55.6"]
     assert cli.main([*words, "--threshold", "-0.9"]) == 1
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("fastclip filter: ") and "threshold was -1.0, is -0.9" in err
+    assert err.startswith("fastclip filter: ") and "threshold was -1.0, is now -0.9" in err

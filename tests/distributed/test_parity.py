@@ -154,7 +154,7 @@ def test_what_the_user_can_mend_is_said(args: str, message: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "--nproc 3, but the launcher started 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "--nproc is 3, but the launcher started 2 processes"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK must be a number, got 'first'"),
     ],
 )

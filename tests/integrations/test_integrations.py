@@ -358,7 +358,7 @@ def test_open_clip_of_several_processes_has_its_own_numbers(ranks: list[dict[str
 def test_open_clip_that_is_left_alone_is_told_once(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         (warning,) = found["warnings"]
-        assert "world_size=2 fastclip computes the loss only for local_loss=True and gather_with_grad=True" in warning
+        assert "world_size=2, fastclip computes the loss only for local_loss=True and gather_with_grad=True" in warning
 
 
 def test_transformers_under_ddp(ranks: list[dict[str, Any]]) -> None:
@@ -397,7 +397,7 @@ def test_unknown_version_is_refused(package: str, version: str, monkeypatch: pyt
     monkeypatch.setattr(sys.modules[package], "__version__", version)  # transformers replaces its module in sys.modules
     known = "3.3" if package == "open_clip" else "5.0 to 5.24"
     with pytest.raises(
-        RuntimeError, match=f"{package} {version} cannot be patched, {known} can: install such a version, or"
+        RuntimeError, match=f"can patch {package} {known}, but {version} is installed: install a supported version, or"
     ):
         (patch_open_clip if package == "open_clip" else patch_transformers)()
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))

@@ -128,7 +128,7 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(run, "backends", lambda: {"cpu": "not built", "reference": "available"})
     monkeypatch.setattr(run, "available_bytes", lambda: 0.0)
     (measured,) = small()
-    assert "see fastclip doctor" in providers(measured)["fastclip"]["status"]
+    assert "run fastclip doctor" in providers(measured)["fastclip"]["status"]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_output_that_cannot_be_is_named_before_any_work(
     folder.mkdir()
     assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y.png")], capsys)
     if name != "train":  # the options of train are never empty
-        assert "must have a name" in refused([*words, ""], capsys)
+        assert "must not be empty" in refused([*words, ""], capsys)
     wrong, said = (place, "is a file, not a folder") if name in FOLDERS else (folder, "is a folder: name a file")
     assert f"{wrong} {said}" in refused([*words, str(wrong)], capsys)
     assert place.read_text() == "kept" and set(tmp_path.rglob("*")) == {place, folder}

@@ -327,7 +327,7 @@ def test_empty_path_is_no_working_directory_and_a_tilde_is_the_home(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert output_path("~/run") == tmp_path / "run" and output_path("a~") == Path("a~")
     for empty in ("", " "):
-        with pytest.raises(ValueError, match="must have a name"):
+        with pytest.raises(ValueError, match="must not be empty"):
             output_path(empty)
     with pytest.raises(ValueError, match="~nobody-of-this-name"):
         output_path("~nobody-of-this-name/x")

@@ -196,18 +196,18 @@ def test_loss_that_is_not_finite_stops_before_the_update(digits: Subset, tmp_pat
 
 
 def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"belongs to another call: lr was 0.001, is 0.1; take another folder"):
+    with pytest.raises(ValueError, match=r"belongs to another call: lr was 0.001, is now 0.1; choose another folder"):
         run(whole.folder, digits, lr=0.1)
     with pytest.raises(ValueError, match="checkpoint was "):
         run(whole.folder, digits, "RN-tiny")
-    with pytest.raises(ValueError, match="samples was 96, is 50"):
+    with pytest.raises(ValueError, match="samples was 96, is now 50"):
         run(whole.folder, Subset(digits, range(50)))
-    with pytest.raises(ValueError, match=r"another call: order and captions was \w+, is \w+; take"):
+    with pytest.raises(ValueError, match=r"another call: order and captions was \w+, is now \w+; choose"):
         run(whole.folder, Subset(digits, [*range(1, 96), 0]))
-    with pixels_limited(10**8), pytest.raises(ValueError, match="max_pixels was 89478485, is 100000000"):
+    with pixels_limited(10**8), pytest.raises(ValueError, match="max_pixels was 89478485, is now 100000000"):
         run(whole.folder, digits)
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(ValueError, match="mine was not written by this command: take another folder"):
+    with pytest.raises(ValueError, match="mine was not written by this command: choose another folder"):
         run(tmp_path, digits)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     for wrong in (
@@ -227,7 +227,7 @@ def test_spelling_of_the_data_is_no_other_fine_tuning(whole: Finetuned, digits: 
     same.spec = os.path.abspath("d")
     assert_same(run(folder, same), whole)
     same.spec = "e"
-    with pytest.raises(ValueError, match=r"another call: data was \S+/d, is \S+/e; take"):
+    with pytest.raises(ValueError, match=r"another call: data was \S+/d, is now \S+/e; choose"):
         run(folder, same)
 
 

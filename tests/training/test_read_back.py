@@ -133,9 +133,9 @@ def test_what_is_not_what_was_written_is_an_error_that_names_the_file(name: str,
 def test_folder_that_another_version_began_is_told(tmp_path: Path, before: dict[str, Any]) -> None:
     for name in ("options.json", "finetune.json"):
         (tmp_path / name).write_text(json.dumps(before))
-    with pytest.raises(ValueError, match=r"begun by another version of fastclip: take another folder$"):
+    with pytest.raises(ValueError, match=r"created by another version of fastclip: choose another folder$"):
         claim(tmp_path, {"a": 1}, result="*.npy")
-    with pytest.raises(ValueError, match=r"begun by another version of fastclip: take another folder$"):
+    with pytest.raises(ValueError, match=r"created by another version of fastclip: choose another folder$"):
         fine_tuned(tmp_path / "finetune.json")
 
 
