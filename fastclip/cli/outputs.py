@@ -84,7 +84,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
 
 
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
-    """Raise ValueError if the folder `output` is one of `data`, or would become a class of data in class folders."""
+    """Raise ValueError if the folder `output` is one of `data`, or is among the class folders of a dataset."""
     from fastclip.data.spec import spec_places
     from fastclip.system.owner import output_path
 
@@ -94,7 +94,9 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
         if path.is_relative_to(within := Path(os.path.realpath(place))) and path != within:
             top = path.relative_to(within).parts[0]
             if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:
-                raise ValueError(f"{option} {output} would be a class of the data in {place}: choose another path")
+                raise ValueError(
+                    f"{option} {output} is in {place}, where each folder is a class of the data: choose another path"
+                )
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -109,7 +111,7 @@ def _class_folders(folder: Path) -> set[str]:
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
-    """Raise ValueError if `file` is an image in a folder of `data`, or has the name of the caption file of one.
+    """Raise ValueError if `file` is an image in a folder of `data`, or has the name of such an image's caption file.
 
     An image that a command has drawn there before does not belong to the data, and may be replaced.
     """

@@ -41,8 +41,10 @@ class Signals:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Record the first signal inside the context. A second one ends the process at once, as if it were
-        not caught, if it comes more than a second after the first.
+        """Record the first signal inside the context.
+
+        A second signal, if it arrives more than a second after the first, ends the process at once, as if the signal
+        were not caught.
 
         A signal that is already ignored, such as Ctrl-C in a shell's background job, stays ignored. Only the main
         thread can set signal handlers, so nothing is recorded in other threads.

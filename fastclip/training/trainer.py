@@ -181,7 +181,7 @@ class _Trainer:
         if options.parallel == "fsdp" and len(counts) > 1:
             raise ValueError(
                 f"--parallel fsdp needs the same number of micro-batches on every process: --batch-size {B} over "
-                f"{ranks} processes in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))} "
+                f"{ranks} processes in micro-batches of {K} gives {' or '.join(map(str, sorted(counts)))} "
                 f"micro-batches: choose a --batch-size that is a multiple of {ranks}"
             )
         file = self.folder / "metrics.jsonl"

@@ -139,12 +139,12 @@ def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["finetune", "--data", str(classes), "--checkpoint", "gone", "--output"],
     ):
         said = refused([*words, str(classes / "new" / "deep")], capsys)
-        assert f"--output {classes}/new/deep would be a class of the data in {classes}" in said
+        assert f"--output {classes}/new/deep is in {classes}, where each folder is a class of the data" in said
         assert sorted(path.name for path in classes.iterdir()) == ["cat", "dog"]
     (tmp_path / "links").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "links" / name).symlink_to(classes / name)
-    with pytest.raises(ValueError, match="links/new would be a class of the data in"):
+    with pytest.raises(ValueError, match=r"links/new is in .*links, where each folder is a class of the data"):
         check_folder(tmp_path / "links" / "new", [str(tmp_path / "links")])
     check_folder(tmp_path / "new", ["{" + ",".join(["0"] * 200) + "}.tar"])  # too long for a file name
     for name in (".new", "cat/new"):  # hidden, and inside a class

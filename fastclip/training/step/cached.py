@@ -329,7 +329,7 @@ class _Buffers:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Record the buffers with which the first pass begins, after DistributedDataParallel has sent rank 0's ones."""
+        """Record the buffers at the start of the first pass, when DistributedDataParallel has sent those of rank 0."""
         inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
         note = self._note
         # A compiled graph of the wrapper must not contain this hook. torch.compiler loads dynamo, which takes seconds
