@@ -60,13 +60,14 @@ def embed_source(
 ) -> Embedded:
     """Write unit vectors of images and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
 
-    The samples from K `samples_per_file` on are written to ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``,
-    both (n, D) of `dtype`, and ``metadata/metadata_K.parquet`` with the columns "image_path" (the sample's key) and
-    "caption" (its first caption). Row i of the three files is the same sample. As in clip-retrieval, K is padded with
-    zeros to the number of digits of the number of files. Samples that cannot be used, or whose vectors are not finite,
-    are left out of all three.
+    The files with the number K hold up to `samples_per_file` samples, from sample K * samples_per_file on:
+    ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``, both (n, D) of `dtype`, and
+    ``metadata/metadata_K.parquet`` with the columns "image_path" (the sample's key) and "caption" (its first caption).
+    Row i of the three files belongs to the same sample. As in clip-retrieval, K is padded with zeros to as many digits
+    as the total number of files has. Samples that cannot be used, or whose vectors are not finite, are left out of all
+    three files.
 
-    A file appears only when it is complete, the .parquet last. Vectors that are not yet in a file are stored in
+    A file appears only when it is complete, and the .parquet appears last. Vectors that are not yet in a file are in
     ``.parts``. Repeat the same call to resume an interrupted one; the result is byte-identical. Files whose images or
     captions have changed are written again, and the log counts them. A single process does all the work.
 
@@ -77,7 +78,7 @@ def embed_source(
             (`fastclip.data.sources.folder.Uncaptioned`).
 
     Raises:
-        ValueError: an option is out of range, `output` belongs to another call, or no sample can be used.
+        ValueError: an option is out of range, `output` was begun with other arguments, or no sample can be used.
         OSError, ChildProcessError: as in `embed_pairs`.
     """
     if dtype not in _DTYPES or samples_per_file < 1:
@@ -101,7 +102,7 @@ def embed_source(
         faults.merge(written.faults.counts, written.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if changed := ways["changed"]:
-        message = "%s: %s written again, because images, captions or max_pixels have changed"
+        message = "%s: %s written again, because images, captions or --max-pixels have changed"
         logger.warning(message, source.spec, counted(changed, "file"))
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
@@ -127,7 +128,7 @@ class _Place(NamedTuple):
 class _Written(NamedTuple):
     """The metadata of a table that `embed_source` has written."""
 
-    contents: str  # the digest by `contents_of` of the samples
+    contents: str  # digest of the samples, as `contents_of` computes it
     successes: int
     faults: Tally
 
@@ -161,7 +162,7 @@ def _write_part(embedder: Embedder, part: Source, place: _Place, contents: str, 
 
 
 def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
-    # Each sample has at most one caption here, so that joining is exact.
+    # Each sample has at most one caption here, so that the join below returns it unchanged.
     texts = [" ".join(captions).encode("utf-8", "backslashreplace") for captions in pairs.captions]
     data = torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
@@ -195,8 +196,8 @@ def _written(table: Path) -> _Written:
     try:
         stats = parse_json((pq.read_schema(table).metadata or {}).get(b"fastclip", b""), "its metadata")
         return _Written(str(stats["contents"]), int(stats["successes"]), Tally.of(stats["failures"], stats["failed"]))
-    except (ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors
-        raise ValueError(f"{table} is not what this command writes ({error}): take another folder") from error
+    except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{table} was not written by this command ({error}): choose another folder") from error
 
 
 def _captions(part: dict[str, Tensor]) -> Iterator[str]:

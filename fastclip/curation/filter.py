@@ -1,4 +1,4 @@
-"""Write the pairs of a dataset whose image and caption agree as shards, by LAION's rule."""
+"""Select the pairs of a dataset whose image and caption agree, by LAION's rule, and write them as shards."""
 
 from __future__ import annotations
 
@@ -81,9 +81,10 @@ def filter_source(
     Args:
         threshold: the least similarity to keep, inclusive and compared in float32. None computes the similarities and
             writes no shards.
-        dedup: drop a sample if its image has a cosine of this or more with an image that was kept before it, in the
-            order of the source, by `near_duplicates`. The kept vectors are held in memory. The vectors of all images
-            are then stored in `scores` too, and similarities that were computed without `dedup` are computed again.
+        dedup: the least cosine at which two images are near duplicates (None: keep them all). Samples are taken in the
+            order of the source, and a sample is dropped if its image is a near duplicate of an image that was kept
+            earlier (`near_duplicates`). The kept vectors are held in memory. With `dedup`, the vectors of all images
+            are stored in `scores` too, and similarities that were computed without `dedup` are computed again.
         scores: folder for the similarities, which calls with other thresholds may share (default: `output`/scores).
         batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
 
@@ -92,8 +93,8 @@ def filter_source(
         "similarity" statistics, and "samples_at_or_above" for several thresholds.
 
     Raises:
-        ValueError: an option is out of range, `output` belongs to another call or to other similarities or contains the
-            data, or no sample is kept.
+        ValueError: an option is out of range, `output` was written with other options or from other similarities,
+            `output` or `scores` contains the data or is inside the data's folder, or no sample is kept.
         OSError, ChildProcessError: as in `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
@@ -123,7 +124,7 @@ def filter_source(
 class _Scores(NamedTuple):
     """The similarities of all n samples of a source."""
 
-    begins: Integers  # (n + 1,), sample i has the similarities begins[i] to begins[i + 1] - 1; unusable samples none
+    begins: Integers  # (n + 1,), sample i has similarities[begins[i] : begins[i + 1]]; unusable samples have none
     similarities: Floats  # (T,), of all captions
     best: Floats  # (n,), the largest similarity of each sample; NaN if it has none
 
@@ -145,7 +146,7 @@ class _Kept(Subset):
     def fields(self, index: int) -> dict[str, Any]:
         similarities = self._similarities(index)
         above = similarities[similarities >= self._least].tolist()
-        # "similarities" of data that were filtered before belong to other captions.
+        # If the source was written by an earlier call, its field "similarities" may list captions that are dropped now.
         known = {k: v for k, v in super().fields(index).items() if k != "similarities"}
         return {**known, "similarity": max(above)} | ({"similarities": above} if len(above) > 1 else {})
 
@@ -170,14 +171,16 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
 
 
 def _check_outside(source: Source, output: Path) -> None:
-    """Raise ValueError if `output` contains the data or is inside their folder.
+    """Raise ValueError if `output` contains the data or is inside the data's folder.
 
     The next call would otherwise read the written shards as data.
     """
     inside = os.path.join(os.path.realpath(output), "")
     folders = [os.path.join(os.path.realpath(place), "") for place in spec_places(source.spec) if place.is_dir()]
     if inside.startswith(tuple(folders)) or any(file.startswith(inside) for file, _ in picture_places(source)):
-        raise ValueError(f"{output} contains the data, or is inside their folder: take a folder outside {source.spec}")
+        raise ValueError(
+            f"{output} contains the data, or is inside the data's folder: choose a folder outside {source.spec}"
+        )
 
 
 def _kept_of(pairs: Pairs, *, images: bool) -> dict[str, Tensor]:
@@ -206,9 +209,9 @@ def _digest(scores: _Scores) -> str:
 
 
 def _decide(scores: _Scores, threshold: float | None) -> tuple[States, Integers]:
-    """Return the state of every sample before near duplicates are dropped, and an array of -1.
+    """Return the state of every sample before near duplicates are dropped, and an array filled with -1.
 
-    The array is to hold, for each near duplicate, the index of the kept sample that it resembles.
+    For each near duplicate, `_drop_duplicates` stores the index of the kept sample that it resembles in this array.
     """
     states, near_to = np.full(len(scores.best), _SCORED, np.int8), np.full(len(scores.best), -1)
     states[np.isnan(scores.best)] = _NOT_FINITE
@@ -229,15 +232,18 @@ def _states(
     device: torch.device,
     progress: bool,
 ) -> States:
-    """Return the state of every sample, as an earlier call has written it, or else decide and write it now.
+    """Return the state of every sample: read the states that an earlier call has written, or decide and write them.
 
-    A call that resumes thus packs exactly the samples that the first call had chosen.
+    A resumed call therefore packs exactly the samples that the first call had chosen.
     """
     file, options = output / "similarities.parquet", {**options, "scores": _digest(scores)}
     if (states := _decided(file, options)) is not None:
         return states
     if (old := next(output.glob("*_stats.json"), None)) is not None:
-        raise ValueError(f"{old} belongs to other similarities than the current ones: remove {output}")
+        raise ValueError(
+            f"{old} was written from other similarities than those now computed: remove {output}, or choose another "
+            "folder"
+        )
     states, near_to = _decide(scores, options["threshold"])
     if options["dedup"] is not None:
         _drop_duplicates(states, near_to, store, options["dedup"], device, progress)
@@ -247,7 +253,10 @@ def _states(
 
 def _pack(kept: _Kept, output: Path, samples_per_shard: int, workers: int) -> None:
     if not len(kept):
-        raise ValueError(f"{kept.spec}: no sample has a similarity of {kept.threshold} or more")
+        raise ValueError(
+            f"{kept.spec}: no sample has a similarity of {kept.threshold} or more: lower the threshold "
+            "(summary.json has the quantiles of the similarities)"
+        )
     packed = pack_source(kept, output, samples_per_shard=samples_per_shard, workers=workers)
     if packed.faults.total:
         logger.warning("%s: samples that could be embedded but not packed are left out: %s", kept.spec, packed.faults)
@@ -291,7 +300,7 @@ def _write_table(
             state = pa.DictionaryArray.from_arrays(pa.array(states[rows.start : rows.stop]), pa.array(_STATES))
             arrays = [
                 pa.array([utf8(source.key(k)) for k in rows]),
-                pa.array(scores.best[rows.start : rows.stop], from_pandas=True),  # NaN is null
+                pa.array(scores.best[rows.start : rows.stop], from_pandas=True),  # NaN becomes null
                 state,
                 pa.array([None if k < 0 else utf8(source.key(k)) for k in of], pa.string()),
             ]
@@ -309,8 +318,8 @@ def _decided(file: Path, options: dict[str, Any]) -> States | None:
             return None
         states = pq.read_table(file, columns=["state"])["state"].combine_chunks().to_numpy(zero_copy_only=False)
         return np.array([numbers[state] for state in states], np.int8)
-    except (ValueError, KeyError) as error:  # pyarrow's errors, too
-        raise ValueError(f"{file} is not what this command writes, remove it: {error}") from error
+    except (ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{file} was not written by this command ({error}): remove it") from error
 
 
 def _summary(scores: _Scores, states: States, store: FeatureStore) -> dict[str, Any]:

@@ -13,7 +13,7 @@ __all__ = ["near_duplicates"]
 
 _ROWS = 2048  # vectors to compare at a time
 _SAME = 1 - 1e-6  # in float32 the product of a unit vector with itself may be slightly below 1
-_CHUNK = 16_384  # kept vectors to compare them with at a time
+_CHUNK = 16_384  # kept vectors that up to _ROWS vectors are compared with at a time
 
 
 def near_duplicates(
@@ -23,8 +23,8 @@ def near_duplicates(
 
     The result is exact: every vector is compared in float32 with all vectors that were kept before it. For K kept
     vectors of D numbers this takes about K^2 D operations: 5 s on one core for 20,000 vectors of 512 numbers, and 2,500
-    times as long for 50 times as many. The memory needed on `device` is 4 K D bytes for the kept vectors and about
-    200 MiB.
+    times as long for 50 times as many. The memory needed on `device` is 4 * K * D bytes for the kept vectors, plus
+    about 200 MiB.
 
     Args:
         features: blocks of vectors, each (k, D) float32, in order.
@@ -33,8 +33,8 @@ def near_duplicates(
         device: device on which the products are computed.
 
     Returns:
-        (N,) int64, for each vector -1 if it was kept, else the index among all vectors of the first kept vector that
-        it is near to.
+        (N,) int64, for each vector -1 if it was kept, else the index of the first kept vector that it is near to.
+        Indices are counted over all N vectors.
     """
     threshold = min(threshold, _SAME)
     results, kept, places, count = [np.empty(0, np.int64)], list[Tensor](), list[npt.NDArray[np.int64]](), 0
@@ -45,7 +45,7 @@ def near_duplicates(
             near = rows @ vectors.T >= threshold
             new = np.flatnonzero((near_to < 0) & near.any(1).cpu().numpy())
             near_to[new] = place[near[torch.from_numpy(new)].cpu().numpy().argmax(1)]
-        # Rows of this block may be near to each other: each row that is kept drops the rows after it that are near.
+        # Rows of this block may be near to each other: if a row is kept, the later rows near to it are dropped.
         near_each_other = (rows @ rows.T >= threshold).cpu().numpy()
         for i in range(len(rows)):
             if near_to[i] < 0:

@@ -17,5 +17,5 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) float32
     ids: Tensor  # (B, L) int64, token ids
     labels: Tensor  # (B,) int64, not negative
-    keys: tuple[str, ...]  # (B,) names of the samples in messages
+    keys: tuple[str, ...]  # (B,) names by which messages refer to the samples
     skipped: tuple[Fault, ...] = ()  # samples that could not be used and were replaced by others

@@ -33,7 +33,7 @@ def escaped(character: str) -> str:
     known = _ESCAPES.get(character)
     if known is not None or character.isprintable():
         return known or character
-    # A name that is not UTF-8 holds its bytes as U+DC80 to U+DCFF; JSON may hold any other half of a surrogate pair.
+    # A name that is not UTF-8 holds its bytes as U+DC80 to U+DCFF; JSON may hold other lone surrogates.
     undecoded = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", undecoded))
 
@@ -50,7 +50,7 @@ class BadSample(ValueError):
     """Raised for one sample that cannot be used, while other samples can. The text is ``KEY: REASON``."""
 
     def __init__(self, cause: str, key: str, reason: str) -> None:
-        super().__init__(cause, key, reason)  # not one text: unpickling calls __init__ with these arguments
+        super().__init__(cause, key, reason)  # not a single text, because unpickling passes these arguments to __init__
         self.fault = Fault(cause, key, reason)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Tally:
     def of(cls, counts: Any, keys: Any) -> Tally:
         """Return the tally that was stored in a file as `counts` and `keys`.
 
-        Raises ValueError if they have another form.
+        Raises ValueError if they are not valid counts and lists of keys.
         """
         tally = cls()
         try:

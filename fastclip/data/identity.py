@@ -70,9 +70,9 @@ def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | Non
 def fingerprint(source: Source) -> str:
     """Return 16 hex digits that identify the number, the order, the keys and the captions of the samples.
 
-    At most 4,096 keys and 256 captions of each part, evenly spread, are taken into account, and no image is read. The
-    folder that all keys of a part share does not count, so that a dataset that was moved, or whose path is spelled
-    differently, keeps its fingerprint.
+    At most 4,096 keys and 256 captions of each source of a mixture, evenly spread, are taken into account, and no image
+    is read. The folder that all keys of a source share does not count, so that a dataset that was moved, or whose path
+    is spelled differently, keeps its fingerprint.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:
@@ -84,8 +84,9 @@ def fingerprint(source: Source) -> str:
 
 def _bytes(text: str) -> bytes:
     try:
-        return text.encode("utf-8", "surrogateescape")  # a file name's bytes on disk; stored fingerprints rely on them
-    except UnicodeEncodeError:  # JSON may hold any half of a surrogate pair
+        # This gives a file name's bytes on disk. Another encoding would change stored fingerprints.
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # JSON may hold other lone surrogates
         return text.encode("utf-8", "surrogatepass")
 
 
@@ -105,9 +106,9 @@ def _captions(source: Source) -> Iterator[str]:
 
 
 def one_a_picture(source: Source) -> Source:
-    """Return a table with one sample per image, which has every caption of the image's rows once.
+    """Merge the rows of a table that show the same image into one sample with all different captions of these rows.
 
-    Rows belong to one image if `picture_places` gives them the same place. Any other kind of source is returned
+    Rows show the same image if `picture_places` gives them the same place. A source of any other kind is returned
     unchanged.
     """
     if not isinstance(source, Table):

@@ -54,9 +54,10 @@ def pack_source(
     quality: int = 95,
     workers: int = 0,
 ) -> Packed:
-    """Write shards ``00000.tar`` ... with an image, a .json and a .txt of the caption for each sample of `source`.
+    """Write the samples of `source` to shards ``00000.tar`` ..., each as an image, a .json and usually a .txt.
 
-    JPEG, PNG and WebP files are copied byte by byte, and other images are written as PNG. The .json holds:
+    The .txt holds the caption of a sample with a single caption. JPEG, PNG and WebP files are copied byte by byte, and
+    other images are written as PNG. The .json holds:
 
     - "caption", a string, or a list if there are several. With several captions no .txt is written, because readers
       would take it for the only caption.
@@ -73,7 +74,8 @@ def pack_source(
 
     Args:
         samples_per_shard: samples of the source per shard, including those that cannot be used.
-        image_size: length in pixels. Images whose shorter side is longer are resized to it and written as JPEG.
+        image_size: the largest length of an image's shorter side, in pixels. Larger images are scaled down to this
+            length and written as JPEG. None keeps all images as they are.
         quality: JPEG quality of the resized images, 1 to 95.
         workers: number of processes that read.
 
@@ -204,7 +206,7 @@ def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
     if not rest:  # readers that find a .txt ignore the captions in the .json
         members[".txt"] = first.encode()
     for suffix, data in members.items():
-        info = tarfile.TarInfo(key + suffix)  # no times and owners, so that the same samples give the same bytes
+        info = tarfile.TarInfo(key + suffix)  # without times or owners, so that the same samples give the same bytes
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 

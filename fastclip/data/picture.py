@@ -42,11 +42,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "A
 
 
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
-    """Read an image with all its pixels and turn it upright according to its EXIF data.
+    """Read and completely decode an image, and turn it upright according to its EXIF data.
 
     The image has the mode of its file, and ``convert("RGB")`` is left to the caller. That conversion drops
-    transparency, as in open_clip. The transparency of a palette with an alpha value per colour is dropped here already.
-    An animation gives its first frame.
+    transparency, as in open_clip. The transparency of a palette with an alpha value per colour is already dropped by
+    this function. An animation gives its first frame.
 
     Modes of more than 8 bits become L, because Pillow's conversion would clip values above 255. The range from 0 to a
     maximum is scaled to 0 to 255. The maximum is 65,535 for 16-bit images. For other integer and float images it is the
@@ -60,7 +60,8 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
             times as large may then be decoded at a half, a quarter or an eighth of its size, which saves decoding time.
 
     Raises:
-        BadSample: the file cannot be opened, is not an image, or is a damaged or too large image. The text names `key`.
+        BadSample: the file cannot be opened or is not an image, or the image is damaged or too large. The text names
+            `key`.
     """
     if isinstance(file, Path):
         try:

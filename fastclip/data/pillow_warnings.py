@@ -20,7 +20,7 @@ _filters = warnings.catch_warnings()  # entered while at least one thread is ins
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Ignore warnings inside the context, except Pillow's warning about a too large image, which becomes an error.
+    """Ignore warnings inside the context, but turn Pillow's warning about an image that is too large into an error.
 
     The filters of warnings belong to the process, and `warnings.catch_warnings` restores the filters that it saw on
     entry. If each of two threads used it, the one that leaves last could restore the filters that the other had set.

@@ -26,7 +26,7 @@ __all__ = [
     "sample_stamp",
 ]
 
-_PLAIN = ("a photo of a {}",)  # for data with classes that bring no templates
+_PLAIN = ("a photo of a {}",)  # for data that have classes but come without templates
 
 
 class Record(NamedTuple):

@@ -42,7 +42,7 @@ _KINDS = """what it may be:
                        .json files of a folder or of shards
   2*A::0.5*B           several of these; each epoch draws every sample of A twice and half of the samples of B"""
 
-_DIGITS = 100  # the most digits of a weight: a float ends at 10^308, and int() refuses more than 4,300 digits
+_DIGITS = 100  # the most digits of a weight: floats are below 10^309, and int() refuses more than 4,300 digits
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
@@ -57,16 +57,16 @@ def open_source(
     ``A#image=photo,caption=text``. Several specs are joined by ``::``, each with an optional weight, ``2*A::0.5*B``
     (`Mixture`).
 
-    A folder named digits is written as ``./digits``. A folder that holds tar files, and no images with captions or in
-    subfolders, is read as shards. A folder whose images have no captions, and are all in one folder per class, is
-    opened as a `ClassFolder`, with a warning. A spec that is the name of a file or a glob that matches files, such as
-    ``0*.tar``, has no weight.
+    A folder named digits is written as ``./digits``. A folder is read as shards if it holds tar files, and no image
+    in it has captions or is in a subfolder. A folder whose images have no captions, and are all in one folder per
+    class, is opened as a `ClassFolder`, with a warning. A spec that is the name of a file or a glob that matches files,
+    such as ``0*.tar``, has no weight.
 
     Args:
         held_out: open the fifth of the digits that is held out from training. Other kinds of data ignore this option.
         class_names: class names of shards that have classes but no classnames.txt.
         problems: a list that receives a line for each shard, and each part of a mixture, that is damaged or cannot be
-            used. The source is the rest. Without a list the first problem is raised.
+            used. The returned source consists of everything else. Without a list the first problem is raised.
 
     Raises:
         OSError: a file cannot be read.
@@ -96,8 +96,8 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
         held_out: open the held-out fifth of the digits, as `open_source` does.
 
     Raises:
-        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do. ValueError also if
-            the data have no classes, or not as many classes as `classes` has names.
+        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do. ValueError is also
+            raised if the data have no classes, or if the number of classes differs from the number of names.
     """
     names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
     if _is_folder(spec) and not holds_shards(Path(spec)):
@@ -109,7 +109,8 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
         raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
     if names is not None:
         known = source.class_names
-        if known == tuple(names):  # shards without class names have taken the given names: their classes are numbers
+        # Shards without class names already use the given names, indexed by the numbers in their .cls files.
+        if known == tuple(names):
             known = tuple(map(str, range(len(known))))
         given, places = join_names(names, known, what=str(classes), spec=spec, ordered=classes in imagenet.SETS)
         source.class_names = tuple(given[place] for place in places)

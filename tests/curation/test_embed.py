@@ -242,7 +242,7 @@ def test_table_that_is_none_of_ours_is_named(embedder: Embedder, tmp_path: Path)
     pq.write_table(pa.table({"image_path": ["a"]}), tmp_path / "other")
     for data in (b"PAR1 and no more", b"", (tmp_path / "other").read_bytes()):
         table.write_bytes(data)
-        with pytest.raises(ValueError, match=r"metadata_0\.parquet is not what this command writes"):
+        with pytest.raises(ValueError, match=r"metadata_0\.parquet was not written by this command"):
             embed_source(embedder, source, tmp_path / "out")
 
 

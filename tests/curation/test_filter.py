@@ -325,9 +325,9 @@ def test_output_is_no_part_of_the_data(embedder: Embedder, tmp_path: Path, monke
         monkeypatch.chdir(tmp_path)
         source = open_source(spec)
         before = files(tmp_path)
-        with pytest.raises(ValueError, match=f"{output} contains the data, or is inside their folder"):
+        with pytest.raises(ValueError, match=f"{output} contains the data, or is inside the data's folder"):
             filter_source(embedder, source, Path(output))
-        with pytest.raises(ValueError, match="contains the data, or is inside their folder"):
+        with pytest.raises(ValueError, match="contains the data, or is inside the data's folder"):
             filter_source(embedder, source, tmp_path.parent / "fine", scores=output)
         assert files(tmp_path) == before
 
@@ -375,7 +375,9 @@ def test_scores_that_are_computed_anew_meet_no_result_of_before(
     for path, data in zip(names, [path.read_bytes() for path in (*names[1:], names[0])]):
         path.write_bytes(data)
     shutil.rmtree(tmp_path / "scores")
-    with pytest.raises(ValueError, match=r"_stats\.json belongs to other similarities than the current ones: remove "):
+    with pytest.raises(
+        ValueError, match=r"_stats\.json was written from other similarities than those now computed: remove "
+    ):
         filter_source(embedder, source, tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
     for path in (*(tmp_path / "out").glob("*.tar"), *(tmp_path / "out").glob("*_stats.json")):

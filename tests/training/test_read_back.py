@@ -143,7 +143,7 @@ def test_states_of_a_table_that_filter_wrote_otherwise(tmp_path: Path) -> None:
     file, options = tmp_path / "similarities.parquet", {"a": 1}
     schema = pa.schema([("state", pa.string())], metadata={"fastclip": json.dumps(options)})
     pq.write_table(pa.table([["of another time"]], schema), file)
-    with pytest.raises(ValueError, match=r"similarities\.parquet is not what this command writes"):
+    with pytest.raises(ValueError, match=r"similarities\.parquet was not written by this command"):
         _decided(file, options)
     assert _decided(file, {"a": 2}) is None
 

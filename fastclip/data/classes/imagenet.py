@@ -10,8 +10,9 @@ from fastclip.system.installed import installed_file
 
 __all__ = ["SETS", "class_names", "folder_places", "wordnet_ids", "zero_shot_metadata"]
 
-# timm's file with the numbers of the set's classes; None: all 1,000. Images of ImageNet-A (Hendrycks et al. 2021a) and
-# ImageNet-R (Hendrycks et al. 2021b) are classified among the 200 classes of the set, as their authors do.
+# For each test set, timm's file with the numbers of its classes; None means all 1,000 classes. Images of ImageNet-A
+# (Hendrycks et al. 2021a) and ImageNet-R (Hendrycks et al. 2021b) are classified among the 200 classes of their test
+# set, as in the papers.
 SETS: dict[str, str | None] = {
     "imagenet": None,
     "imagenet-a": "imagenet_a_indices.txt",

@@ -23,11 +23,15 @@ def join_names(
 
     A class is matched with the name that equals it, exactly or with differences of case, blanks, underscores and
     hyphens ignored. A class that is a WordNet id is matched with its name in CLIP's list. A line ``CLASS<TAB>NAME``
-    matches any two. If classes remain without a name, classes that have an order take the names in this order, unless a
-    match contradicts it. Numbers 0 to C - 1 or 1 to C and WordNet ids have an order.
+    gives the name NAME to the class CLASS, however different the two are.
+
+    If some classes are still without a name, and the C classes have a natural order, all names are assigned in that
+    order, unless a match contradicts it. The classes have such an order if they are the numbers 0 to C - 1, the numbers
+    1 to C, or WordNet ids.
 
     Args:
-        what, spec: names of `given` and of the dataset in messages.
+        what: the name by which messages refer to `given`.
+        spec: the name by which messages refer to the dataset.
         ordered: `given` and `classes` have the same order, such as ImageNet's, unless the names contradict it.
 
     Returns:
@@ -61,7 +65,10 @@ def join_names(
 
 
 def _by_name(keys: Sequence[str], classes: Sequence[str]) -> list[int | None]:
-    """Return the index of each class's key, or None without one. Of equal names the first goes to the first class."""
+    """Return for each class the index of its key, or None if no key matches.
+
+    If several keys are equal, the first belongs to the first class that matches.
+    """
     places: list[int | None] = [None] * len(classes)
     # Exact matches come first, because `_plain` makes some different names equal.
     for aliases, plain in ((classes, str), (classes, _plain), (_clip_names(classes), _plain)):

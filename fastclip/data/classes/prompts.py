@@ -44,7 +44,7 @@ def read_class_names(name: str) -> tuple[str, ...]:
         ValueError: the file contains no name, or an empty line before the last name; the message names the line.
     """
     names = _lines(name, "class names")
-    while names and not names[-1]:  # empty lines at the end of a file name no class
+    while names and not names[-1]:  # empty lines at the end of the file do not stand for classes
         names.pop()
     if "" in names:
         raise ValueError(f"{name}, line {names.index('') + 1}: the class name is empty")

@@ -63,11 +63,11 @@ def training_batches(
         transform: PIL image of any mode -> (3, H, W) float32. It may draw random numbers from the global generators of
             torch (CPU), numpy and random.
         tokenize: list of B texts -> (B, L) int64, called once per micro-batch.
-        batch_size: samples per step over all ranks, at least `ranks`. Rank r has the rows from r batch_size // ranks
-            to (r + 1) batch_size // ranks - 1.
+        batch_size: samples per step over all ranks, at least `ranks`. Rank r has the rows from
+            (r * batch_size) // ranks up to, but not including, ((r + 1) * batch_size) // ranks.
         micro_batch: samples per `Batch` (default: all samples of the rank). The last of a step may be smaller.
-        workers: number of processes that read ahead, up to about one step. They live as long as the iterator. With 0
-            the calling process reads.
+        workers: number of worker processes. Together they read about one step ahead, and they live as long as the
+            iterator. With 0 the calling process reads.
         pin_memory: put the tensors into pinned memory, from which a GPU copies faster.
         min_side: the length in pixels to which `transform` scales an image's shorter side. A JPEG at least twice as
             large may then be decoded at a fraction of its size. None decodes images in full size.
@@ -93,7 +93,7 @@ def training_batches(
 
 
 def _micro_batch_rows(batch_size: int, micro_batch: int | None, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Return this rank's micro-batches, each as its first row in the batch of a step and the row after its last."""
+    """Return this rank's micro-batches, each as a range (start, stop) of the rows of a step's batch."""
     if batch_size < ranks:
         raise ValueError(f"batch_size must be at least the number of ranks ({ranks}), got {batch_size}")
     start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks
@@ -143,7 +143,7 @@ class PairBatch(NamedTuple):
     """Consecutive samples: the images and captions of the B usable ones, and the faults of the rest."""
 
     images: Tensor | None  # (B, 3, H, W) float32; None if B is 0
-    captions: list[tuple[str, ...]]  # B
+    captions: list[tuple[str, ...]]  # B tuples, each with the captions of a usable sample
     used: list[bool]  # for every sample, True if it is usable
     faults: list[Fault]  # of the samples that are not usable
 
@@ -175,7 +175,8 @@ class _Training(Dataset[Batch]):
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
-            skipped += faults[:1]  # the other faults belong to replacements, which are counted when they are drawn
+            # The other faults are those of replacements. Each is counted in the batch for which its sample is drawn.
+            skipped += faults[:1]
         ids = self._tokenize(captions)
         # In a worker default_collate stacks directly into shared memory; torch.stack would need another copy.
         return Batch(default_collate(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))

@@ -68,7 +68,8 @@ class Order:
         if not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"rows {start} to {stop} are not in a batch of {self.batch_size}")
         drawn: list[Draw] = []
-        # Places count the draws of the whole run, so that any rows of any step are found without those before them.
+        # A place is the number of a draw, counted over the whole run. The rows of a step can therefore be computed
+        # without the rows before them.
         place, end = step * self.batch_size + start, step * self.batch_size + stop
         while place < end:
             epoch, row = divmod(place, self.epoch_length)

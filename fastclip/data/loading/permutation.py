@@ -31,10 +31,11 @@ def mix(*parts: int) -> int:
 class Permutation:
     """The numbers from 0 to `size` - 1 in an order that `key` decides.
 
-    A Feistel network permutes pairs (left, right) of numbers modulo a and b, where a b is at least `size` and only a
-    little more. Each round adds a function of the right number to the left, then a function of the left to the right. A
-    pair beyond `size` passes through the network again until it is within (cycle walking, Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"). The functions are fast and not cryptographic.
+    A Feistel network permutes pairs (left, right) of numbers modulo a and b, where a * b is at least `size` and only
+    slightly larger. Each round adds a function of the right number to the left, then a function of the left to the
+    right. A pair stands for a number from 0 to a * b - 1. If this number is `size` or more, the pair passes through the
+    network again until its number is below `size` (cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains"). The functions are fast and not cryptographic.
 
     Args:
         size: positive, under 2**62.
@@ -45,7 +46,8 @@ class Permutation:
         if not 0 < size < 2**62:
             raise ValueError(f"size must be positive and under 2**62, got {size}")
         self.size = size
-        self._right = math.isqrt(size - 1) + 1  # 2 for a size of 3: a single column would give rotations only
+        # The square root is rounded up, so that sizes 2 and 3 have b = 2. With b = 1, only rotations would be possible.
+        self._right = math.isqrt(size - 1) + 1
         self._left = ceil_div(size, self._right)
         self._keys = [(np.uint64(mix(key, k, 0)), np.uint64(mix(key, k, 1))) for k in range(_ROUNDS)]
 

@@ -64,12 +64,14 @@ def load(
         generator=torch.Generator(),  # else DataLoader draws a seed from the caller's generator
     )
     if watch.workers:
-        # Create the folder of the sockets that pass tensors here: one that a worker creates would not be removed.
+        # The sockets that pass tensors need a folder. It is created in this process, because a folder that a worker
+        # creates would not be removed.
         multiprocessing.util.get_temp_dir()
     with ExitStack() as stack:
         with env.tokenizers_without_threads(), _signals_held():
             loaded = iter(loader)  # starts the workers
-            stack.enter_context(_ended(loaded))  # first: a held signal raises at the end of this block
+            # Entered inside this block, because a signal that was held back raises an exception at the block's end.
+            stack.enter_context(_ended(loaded))
         alarm = stack.enter_context(Alarm(watch))
         while True:
             try:
@@ -177,7 +179,8 @@ def _begin(parent: int | None, worker: int) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     if hasattr(signal, "sigtimedwait"):
-        while signal.sigtimedwait(_OF_GROUPS, 0):  # drops signals from before the worker had its process group
+        # Drop the signals that were sent before the worker had left the parent's process group.
+        while signal.sigtimedwait(_OF_GROUPS, 0):
             pass
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_GROUPS)

@@ -34,6 +34,7 @@ def _names(pattern: str) -> list[str]:
 
 
 def _length(start: str, end: str, step: str | None) -> int:
-    if max(map(len, (start, end, step or ""))) > 18:  # more digits than a real name has; int() refuses thousands
+    # No real name has this many digits. int() would also refuse numbers of several thousand digits.
+    if max(map(len, (start, end, step or ""))) > 18:
         return _MOST + 1
     return abs(int(end) - int(start)) // max(1, int(step or 1)) + 1

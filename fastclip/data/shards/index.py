@@ -38,15 +38,16 @@ __all__ = ["ROW", "ShardIndex", "Stamp", "index_of", "index_shards", "stamp_of"]
 
 logger = logging.getLogger(__name__)
 
-# One sample, 53 bytes. For its image, .txt, .json and .cls: the block (of 512 bytes) of the header, the bytes of the
-# data and the CRC-32 of the header, or 0 if there is no such member or it cannot be used. Then the end of the sample's
-# key in the concatenated keys of the shard, and the sample's state.
+# One sample, 53 bytes. For each of its image, .txt, .json and .cls: the number of the header's block (of 512 bytes),
+# the size of the data in bytes and the CRC-32 of the header; all three are 0 if the member is missing or cannot be
+# used. Then the end of the sample's key in the concatenated keys of the shard, and the sample's state.
 _KINDS = ("picture", "text", "json", "number")
 _MEMBERS = [(f"{kind}_{what}", "<u4") for kind in _KINDS for what in ("block", "size", "crc")]
 ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
 Rows = npt.NDArray[Any]
 
-_HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and JSON, their CRC-32
+# Magic, the shard's size and time, the sizes in bytes of the rows, the keys and the JSON, and the CRC-32 of all three
+_HEAD = struct.Struct("<8sqqqqqI")
 _MAGIC = b"fcindex5"
 _CHECKED = 2  # about how many headers are compared with the shard when an index is loaded
 _LARGEST = 2**32 * BLOCK
@@ -79,9 +80,10 @@ def index_shards(
     """Return the index of every shard, in order, read by several threads. The log names the damaged shards.
 
     Args:
-        names: the names of the shards in messages.
-        problems: a list that receives the messages about damaged shards in place of the log, and those about shards
-            that cannot be used at all, whose index is None. Without a list the latter are raised.
+        names: the names by which messages refer to the shards.
+        problems: a list that receives the messages about damaged shards in place of the log, and the messages about
+            shards that cannot be used at all, for which None is returned. Without a list, a shard that cannot be used
+            at all raises an error.
 
     Raises:
         OSError: a shard cannot be opened.

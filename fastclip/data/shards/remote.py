@@ -1,4 +1,4 @@
-"""Copy shards behind URLs to a cache folder once, to read them as files."""
+"""Copy shards from URLs to a cache folder, once, so that they can be read as files."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ __all__ = ["local_copies", "shard_urls"]
 
 logger = logging.getLogger(__name__)
 
-# Metadata of storages that change when a file changes. The first of them that a storage provides is used.
+# Metadata fields of a file on a server that change when the file changes. The first that the server provides is used.
 _MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modified", "updated", "mtime")
 
 
 def shard_urls(pattern: str) -> list[str]:
     """Return the URLs that a pattern with braces (``s3://bucket/{00000..00009}.tar``) or ``*`` stands for.
 
-    ``*`` requires a storage that can list its files. As in a shell, it matches no hidden names. Folders are left out.
+    ``*`` requires a storage service that can list its files. As in a shell, it matches no hidden names. Folders are
+    left out.
 
     Raises:
         ValueError: a URL is not that of a .tar, an https pattern contains ``*``, or a pattern matches no files or more
             than a million names.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
-        OSError: the storage cannot be listed.
+        OSError: the storage service cannot list its files.
     """
     urls: list[str] = []
     for name in brace_names(pattern):
@@ -67,9 +68,10 @@ def _in_hidden(path: str) -> bool:
 def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
     """Copy URLs to `env.cache_folder()`, unless copies exist, and return the path of the copy by URL, in order.
 
-    A copy is made under a temporary name and renamed once it has the size that the server declares. Processes that
-    start at the same time wait for each other. If the size, checksum, tag or time of the server's file has changed, the
-    file is copied again. If the server does not answer, an existing copy is used. Files of ``file://`` are not copied.
+    A copy is made under a temporary name and renamed once it has the size that the server declares. If
+    several processes need a file at the same time, one copies it and the others wait. If the size, checksum, tag or
+    time of the server's file has changed, the file is copied again. If the server does not answer, an existing copy is
+    used. Files of ``file://`` are not copied.
 
     Args:
         problems: a list that receives the messages about URLs that cannot be copied, which are left out. Without a list
@@ -107,7 +109,8 @@ def _local_copy(url: str) -> str:
 def _reason(error: BaseException) -> str:
     """Return the type and text of an error.
 
-    fsspec raises FileNotFoundError even if a server cannot be reached or refuses; the cause then has the reason.
+    fsspec raises FileNotFoundError even if a server cannot be reached or refuses access. The error's ``__cause__`` then
+    has the true reason.
     """
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return _reason(error.__cause__)
@@ -115,7 +118,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _Short(Exception):
-    """Raised if a copy has another number of bytes than the server declared."""
+    """Raised if the size of a copy is not the size that the server declared."""
 
 
 def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
@@ -126,7 +129,8 @@ def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
         system.get_file(path, str(half))
         if size is not None and half.stat().st_size != size:
             raise _Short(f"{half.stat().st_size} of {size} bytes were received")
-        _marks(copy).unlink(missing_ok=True)  # the mark of the former copy must not be taken for that of the new copy
+        # The stored checksum, tag or time of the old copy must not be taken for that of the new copy.
+        _marks(copy).unlink(missing_ok=True)
     write_text(_marks(copy), _mark(info))
 
 
@@ -139,7 +143,7 @@ def _marks(copy: Path) -> Path:
 
 
 def _copied(copy: Path) -> str:
-    """Return the mark that the server's file had when it was copied, or "" if none is known."""
+    """Return the checksum, tag or time of the server's file when it was copied, or "" if it is unknown."""
     return _marks(copy).read_text("utf-8") if _marks(copy).is_file() else ""
 
 

@@ -16,13 +16,13 @@ __all__ = ["CLASS", "FAULTS", "JSON", "KINDS", "LARGE", "TEXT", "UNTOLD", "WANTE
 # webdataset's rule: the key is the path up to the first dot of the file name. A name that begins with a dot has no key.
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 
-# The state of a sample. For a usable sample it is the sum of the sources of its caption: a text, JSON, the number of a
-# class. For other samples it is the reason why they cannot be used.
+# The state of a sample. For a usable sample it is a set of bit flags, one for each member that may hold its caption: a
+# .txt, a .json and a .cls with the number of its class. For other samples it is the reason why they cannot be used.
 TEXT, JSON, CLASS = 1, 2, 4
 UNTOLD, REPEATED, CUT, UNSEEN, LOST, LARGE = range(8, 14)
 KINDS = {".txt": TEXT, ".json": JSON, ".cls": CLASS}  # sources of captions, in order of precedence
 WANTED = "a .txt, a .json or a .cls of the same name must be in the shard"
-# For each state the cause, under which samples are counted, and the reason for messages
+# Each state of unusable samples, with the cause under which they are counted and the reason that messages give
 FAULTS = {
     UNTOLD: ("no caption", f"it has no caption: {WANTED}"),
     REPEATED: ("duplicate member", "the shard contains this sample twice, and the first is used"),
@@ -34,7 +34,7 @@ FAULTS = {
     LOST: ("lost member", "its image or its caption is a broken link, a device or a sparse file"),
     LARGE: ("large member", "its image or its caption has 2 GiB or more"),
 }
-_LARGEST = 2**31 - 1  # bytes of a member that is read into memory
+_LARGEST = 2**31 - 1  # the largest size in bytes of a member that is read into memory
 
 
 class Sample(NamedTuple):
@@ -49,7 +49,10 @@ class Sample(NamedTuple):
 
 
 def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
-    """Return a sample for each key with an image, or with signs of a missing image, and the unused members by kind.
+    """Return a sample for each key that has or should have an image, and the unused members by kind.
+
+    A key should have an image if an image's member cannot be read (a broken link, for example), or if an image has a
+    compound suffix such as .seg.png, and if there is a caption.
 
     A key with repeated members has a second sample at the end, which is marked as unusable, so that the repetition is
     counted.
@@ -99,7 +102,7 @@ def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
 
 
 def _sample(key: str, group: dict[str, Member], lost: set[str], end: int) -> Sample | None:
-    """Return the sample of a key's members, or None if there is neither an image nor a sign of a missing one."""
+    """Return the sample of a key's members, or None if the key neither has nor should have an image."""
     picture, captions = group.get("picture"), [group.get(kind) for kind in KINDS]
     if picture is None:
         if lost & PICTURE_SUFFIXES and (any(captions) or lost & {*KINDS}):

@@ -64,7 +64,7 @@ def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
 
 
 class Shards:
-    """Samples of tar shards, read at random without unpacking the shards.
+    """Samples of tar shards, with random access and without unpacking the shards.
 
     A sample consists of an image ``KEY.jpg`` (or .png, .webp ...) and at least one of ``KEY.txt`` with one caption,
     ``KEY.json`` with captions in "caption", and ``KEY.cls`` with the number of a class. The captions are those of the
@@ -82,10 +82,10 @@ class Shards:
     Args:
         spec: the shards' name on the command line, as the user wrote it.
         paths: the files of the shards, in order.
-        names: the names of the shards in messages; default: `paths`.
+        names: the names by which messages refer to the shards (default: `paths`).
         class_names: class names to use if there is no classnames.txt.
-        caption: the field of the .json members that holds the captions, which disables .txt and .cls. "" reads
-            "caption" if there is no .txt.
+        caption: the field of the .json members that holds the captions; .txt and .cls are then not read. With ""
+            the captions are read from .txt, "caption" of .json, and .cls, as described above.
         problems: a list for messages, as in `fastclip.data.shards.index.index_shards`.
 
     Raises:
@@ -162,7 +162,7 @@ class Shards:
         return json_fields(self._members(index, ("json",))[0]) if self._rows["json_size"][index] else {}
 
     def _has_classes(self) -> bool:
-        """Return True if some samples have captions by their class alone: no .txt, and no .json with a caption."""
+        """Return True if the captions of some samples come only from their class (no .txt, no caption in .json)."""
         states = self._rows["state"]
         if self._field:
             return False

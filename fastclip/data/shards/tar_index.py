@@ -15,10 +15,11 @@ __all__ = ["BLOCK", "Lost", "Member", "Members", "read_exactly", "tar_members"]
 
 BLOCK = 512  # bytes; a member is a header of one block, followed by data that are padded to whole blocks
 
-_REGULAR, _CONTIGUOUS, _FOLDER, _NO_FILES = (b"0", b"\0"), b"7", b"5", (b"D", b"V")  # D: list of names, V: label
+# The types of members. Of GNU's types, D is a list of names and V the label of a volume.
+_REGULAR, _CONTIGUOUS, _FOLDER, _NO_FILES = (b"0", b"\0"), b"7", b"5", (b"D", b"V")
 _HARD, _SYMBOLIC, _DEVICES, _SPARSE = b"1", b"2", (b"3", b"4", b"6"), b"S"
 _LONG_NAME, _LONG_LINK, _EXTENDED, _GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
-_LARGEST = 2**20  # bytes of long names and extended records; real archives need some hundreds
+_LARGEST = 2**20  # the most bytes of a long name or of extended records; real archives need a few hundred
 _RECORD = re.compile(rb"([1-9]\d{0,7}) ([^=]+)=")
 _HOPS = 40  # consecutive links to follow
 _CHUNK = 2**20
@@ -59,7 +60,7 @@ class _Broken(Exception):
 def tar_members(file: BinaryIO) -> Members:
     """Return every regular file in an uncompressed tar file, in order. Only the headers are read.
 
-    The sizes that headers declare are checked before they are used, so that every step leads further into the file.
+    The sizes that headers declare are checked first, so that reading always moves forward and cannot loop.
     Links within the file are followed. Data after the end of the archive, such as another archive, are read too. A file
     that is cut off or damaged is read up to the damage.
 
@@ -75,7 +76,7 @@ def tar_members(file: BinaryIO) -> Members:
 def read_exactly(file: BinaryIO, size: int) -> bytes:
     """Return the next `size` bytes of the file, fewer only at its end.
 
-    A single unbuffered read may return fewer bytes than there are on some file systems.
+    On some file systems, a single unbuffered read may return fewer bytes than are available.
     """
     parts, left = [], size
     while left and (part := file.read(left)):
@@ -189,7 +190,7 @@ class _Reader:
         return count
 
     def _beyond_zeros(self, place: int) -> int:
-        """Return the offset of the next block from `place` on that is not zeros, or the end of the file."""
+        """Return the offset of the next block from `place` on that has a byte other than 0, or the end of the file."""
         self._file.seek(place)
         while chunk := read_exactly(self._file, _CHUNK):
             if rest := chunk.lstrip(b"\0"):
@@ -249,7 +250,8 @@ def _records(data: bytes) -> dict[str, bytes]:
 def _number(field: bytes) -> int:
     """Return the number in a header's field.
 
-    The field holds octal digits, or, for large sizes in GNU's format, base 256 after a byte of 128 (255: negative).
+    The field holds octal digits. In GNU's format, it may instead hold a big-endian number after a byte of value 128, or
+    255 for a negative number.
     """
     if field[0] in (0o200, 0o377):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0o377 else 0)

@@ -31,7 +31,8 @@ class ClassFolder(PictureFiles):
 
     Args:
         classes: one name per folder, matched with the folders by name (`join_names`); or one of
-            `fastclip.data.classes.imagenet.SETS`, all of whose classes exist then, even without a folder.
+            `fastclip.data.classes.imagenet.SETS`. In the latter case the source has all classes of the set, even those
+            without a folder.
 
     Attributes:
         folders: the sorted names of the class folders.

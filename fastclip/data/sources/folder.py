@@ -100,7 +100,7 @@ class Folder(PictureFiles):
 
     Raises:
         NoCaptions: there are no images, or none has captions. The message has the number of images and names the first.
-            The links to folders are then not logged.
+            In this case the constructor does not log the links to folders: the caller does (`log_links`).
     """
 
     def __init__(self, spec: str, folder: str | None = None, *, caption: str = "") -> None:

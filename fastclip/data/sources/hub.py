@@ -30,11 +30,11 @@ class HubSource:
     """The rows of ``hf:NAME`` or ``hf:NAME:SPLIT``, one sample per row. The default split is train.
 
     NAME is a dataset of the Hub or a local folder, as for ``datasets.load_dataset``, or a folder that ``save_to_disk``
-    has written. Images are in the first column of the type `datasets.Image`, or in a column with one of the names of
-    `Table`. Captions are strings or lists of strings in `title`, `caption`, `text` or `captions`.
-    ``hf:NAME#image=A,caption=B`` names other columns. A column `label` of the type `datasets.ClassLabel` gives the
-    classes. Without a column of captions, the captions are "a photo of a NAME" with the class name. A format that was
-    saved with the data is ignored.
+    has written. Images are in the first column of the type `datasets.Image`, or in a column `filepath`,
+    `image`, `path` or `file_name`. Captions are strings or lists of strings in `title`, `caption`, `text` or
+    `captions`. ``hf:NAME#image=A,caption=B`` names other columns. A column `label` of the type `datasets.ClassLabel`
+    gives the classes. Without a column of captions, the captions are "a photo of a CLASS" with the class name. A format
+    that `Dataset.set_format` saved with the data is ignored.
 
     Raises:
         ValueError: a column or the split is missing, there are no rows, or `datasets` cannot interpret the data.
@@ -124,7 +124,7 @@ class HubSource:
         value = None
         if self._caption is not None:
             value = row[self._caption]
-        elif row[_LABEL] not in (None, -1):  # the library marks a row without a label by -1
+        elif row[_LABEL] not in (None, -1):  # the library marks a row without a label with -1
             value = class_captions(self.class_names[row[_LABEL]], self.templates)
         return given_captions(value, key, self._caption or "its class's name")
 

@@ -48,16 +48,18 @@ class Karpathy(PictureFiles):
     objects with "raw") and optionally "filepath" (a folder such as val2014). Several splits are joined by "+". The
     usual training split of COCO is ``dataset_coco.json:train+restval``.
 
-    The images are in the file's folder, or in ``images/`` or ``DATASET-images/`` there. Another folder is part of the
-    spec, ``dataset_coco.json:test:/data/coco``. In any of them, images may be in the subfolder "filepath" or not.
+    The images are in the file's folder, or in ``images/`` or ``DATASET-images/`` there. Any other folder must be given
+    in the spec, as in ``dataset_coco.json:test:/data/coco``. In each of these folders, the images may be in the
+    subfolders "filepath" or not.
 
     Attributes:
-        dataset: "coco" or "flickr30k", as stated in the file, or "".
+        dataset: the name that the file states under "dataset", such as "coco" or "flickr30k", or "" if it states none.
         splits: the names of the splits in the spec.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file has another form, the spec names no split or an unknown one, or no image is found.
+        ValueError: the file is not one of Karpathy's files, the spec names no split or an unknown one, or no image is
+            found.
     """
 
     def __init__(self, spec: str) -> None:
@@ -120,7 +122,8 @@ def _root(
     beside = (file.parent, file.parent / "images", file.parent / f"{dataset}-images")
     folders = beside if folder is None else (Path(folder),)
     for root in folders:
-        for deep in (True, False):  # COCO's archives unpack into such subfolders, whose images many users put together
+        # COCO's archives unpack into such subfolders. Many users move all images into one folder.
+        for deep in (True, False):
             if any(existing(root, _name(image, deep)) for image in images):
                 return root, deep
     where, first = " or ".join(map(str, folders)), images[0]["filename"]

@@ -1,4 +1,4 @@
-"""Several sources joined to one, with weights."""
+"""Several sources joined into one, with weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastclip.data.sources.subset import Borrowed
 
 __all__ = ["Mixture"]
 
-_MOST = 1_000_000  # the largest weight; Python's len() ends at 2^63
+_MOST = 1_000_000  # the largest weight, so that len() of a mixture stays below Python's limit of 2^63
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Mixture(Borrowed):
-    """Several sources as one, of which an epoch draws round(weight * size) samples each.
+    """Several sources as one. An epoch draws round(weight * size) samples from each of them.
 
     With an integer weight, an epoch draws every sample of the source that many times. With a fraction, an epoch draws
     samples that are evenly spread over the source, and the next epoch continues with others: no sample is drawn again

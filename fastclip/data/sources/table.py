@@ -36,8 +36,8 @@ class Table(PictureFiles):
 
     Paths of images are in the column `filepath`, `image`, `path` or `file_name`, captions in `title`, `caption` or
     `text`, in upper or lower case. ``TABLE#image=NAME,caption=NAME`` names other columns. The separator is detected in
-    the header: comma, tab, semicolon or bar. A line ``sep=;``, as Excel writes it, may precede the header. Fields are
-    quoted as in Python's `csv`.
+    the header: comma, tab, semicolon or vertical bar (|). A line ``sep=;``, as Excel writes it, may precede the header.
+    Fields are quoted as in Python's `csv`.
 
     A relative path is looked for in the table's folder and in the working directory. If both have the file and the
     files differ, the sample cannot be used. Images are opened only when they are read. A damaged row is an unusable
