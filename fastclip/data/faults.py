@@ -42,7 +42,7 @@ class Fault(NamedTuple):
     """The reason why one sample cannot be used, and the cause under which it is counted."""
 
     cause: str  # "truncated image", "not an image", "empty caption" ...: a few words that many samples share
-    key: str  # the sample's name in messages
+    key: str  # the name by which messages refer to the sample
     reason: str  # what is wrong with this sample
 
 

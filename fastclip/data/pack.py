@@ -176,7 +176,7 @@ def _write(
                     written += 1
         stats = {**about, "shard": shard, "count": written + faults.total, "successes": written}
         stats |= {"bytes": half.stat().st_size, "failures": faults.counts, "failed": faults.keys}
-        # The stats come first: a shard without stats counts as written by another program.
+        # The stats come first, because a shard without stats is assumed to be written by another program.
         write_json(output / f"{shard:05d}_stats.json", stats, indent=1)
         if not written:
             raise _Nothing
@@ -216,7 +216,7 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
     name, tar = output / f"{shard:05d}_stats.json", output / f"{shard:05d}.tar"
     if not name.is_file():
         if tar.exists():
-            raise ValueError(f"{tar} was not written by this command: take another folder")
+            raise ValueError(f"{tar} was not written by this command: choose another folder")
         return None
     stats: dict[str, Any] = read_json(name)
     known = older_limit(stats)
@@ -226,13 +226,13 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
         stats |= {"failures": faults.counts, "failed": faults.keys}
         whole = not stats["successes"] or (tar.is_file() and tar.stat().st_size == stats["bytes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not what this command writes: {error}") from error
+        raise ValueError(f"{name} was not written by this command ({error}): choose another folder") from error
     same = stats.get("content") == content
     if changed := [key for key in about if key not in known or known[key] != about[key]]:
         if "content" not in stats or not known.keys() >= about.keys():
-            raise ValueError(f"{output} was begun by another version of fastclip: take another folder")
-        changes = ", ".join(f"{key} was {known[key]}, is {about[key]}" for key in changed)
-        raise ValueError(f"{output} holds shards of another call: {changes}; take another folder")
+            raise ValueError(f"{output} was begun by another version of fastclip: choose another folder")
+        changes = ", ".join(f"{key} was {known[key]}, is now {about[key]}" for key in changed)
+        raise ValueError(f"{output} was begun with other options ({changes}): choose another folder")
     if not same:
-        logger.warning("%s: samples have changed since it was written, it is written again", tar)
+        logger.warning("%s is written again, because its samples have changed", tar)
     return stats if whole and same else None

@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
     image: Image.Image  # of any mode
     captions: tuple[str, ...]  # at least one
-    key: str  # name of the sample in messages: a path, or a shard and the member's name
+    key: str  # the name by which messages refer to the sample: a path, or a shard and the member's name
     label: int | None = None  # its class, an index into `Source.class_names`; None without classes
 
 

@@ -28,7 +28,7 @@ from fastclip.data.sources.table import Table
 __all__ = ["absolute_spec", "holds_shards", "open_labelled", "open_pictures", "open_source", "spec_places"]
 
 logger = logging.getLogger(__name__)
-_KINDS = """what it may be:
+_KINDS = """a dataset can be given as:
   digits               handwritten digits with captions, which come with scikit-learn
   pairs.csv, .tsv      a table with columns of images (filepath) and captions (title)
   dataset_coco.json:test  a split of Karpathy's files for COCO and Flickr30K; train+restval joins two splits, and
@@ -36,10 +36,10 @@ _KINDS = """what it may be:
   folder               images, each with its captions in a .txt or .json file of the same name; or images without
                        captions, in one folder per class; or tar shards
   shards/*.tar         tar shards of img2dataset or webdataset; a path, a glob or shards/{00000..00009}.tar
-  s3://x/{00..09}.tar  tar shards behind URLs that fsspec can read; they are copied to a cache folder first
+  s3://x/{00..09}.tar  tar shards at URLs that fsspec can read; they are copied to a cache folder first
   hf:NAME, hf:NAME:SPLIT  a dataset of Hugging Face's datasets library
-  SPEC#image=A,caption=B  images in column A and captions in column B of a table or of hf:; captions in field B of the
-                       .json files of a folder or of shards
+  SPEC#image=A,caption=B  a table or an hf: dataset with images in column A and captions in column B
+  SPEC#caption=B       a folder or shards with captions in field B of the .json files
   2*A::0.5*B           several of these; each epoch draws every sample of A twice and half of the samples of B"""
 
 _DIGITS = 100  # the most digits of a weight: floats are below 10^309, and int() refuses more than 4,300 digits
@@ -118,8 +118,9 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
 
 
 _LAYOUT = (
-    "data with classes are digits, hf: with a column `label`, FOLDER/CLASS/IMAGE, and shards with KEY.cls; "
-    "remove every KEY.txt, and every KEY.json with a caption, from the shards: captions take precedence over KEY.cls"
+    "data with classes are digits, hf: with a column `label`, FOLDER/CLASS/IMAGE, and shards with KEY.cls. If shards "
+    "have both KEY.cls and captions, the captions take precedence: to use the classes, write the shards without "
+    "KEY.txt and without captions in KEY.json"
 )
 
 
@@ -249,7 +250,7 @@ def _folder(whole: str, spec: str, caption: str) -> Source:
             classes = ClassFolder(spec)
         except ValueError as other:
             log_links(spec, error.links)
-            raise ValueError(f"{error}; as a folder of classes, {other}") from error
+            raise ValueError(f"{error}. The folder cannot be read as a folder of classes either: {other}") from error
     shown = ", ".join(classes.class_names[:3])
     logger.warning(
         "%s: no image has a caption, so the %d folders are read as classes (%s, ...)",
@@ -267,7 +268,7 @@ def _naming_library(needs: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ImportError(f"{needs} {error.name}, which is not installed", name=error.name) from error
+        raise ImportError(f"{needs} the module {error.name}, which is not installed", name=error.name) from error
 
 
 def _digits(held_out: bool) -> Source:
@@ -285,7 +286,7 @@ def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, pro
 
 
 def _remote(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
-    with _naming_library("shards behind URLs need"):
+    with _naming_library("shards at URLs need"):
         from fastclip.data.shards.remote import local_copies, shard_urls
         from fastclip.data.shards.source import Shards
     copies = local_copies(shard_urls(spec), problems)

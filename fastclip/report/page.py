@@ -119,5 +119,5 @@ def _source(run: RunRecord, data: str | None, checkpoint: str | Path | None) -> 
         return open_source(spec, held_out=True), ""
     except (OSError, ValueError, ImportError) as error:  # for example if the run was copied from another machine
         logger.warning("the validation data cannot be read: %s", error)
-        reason = str(error).split("; what it may be:")[0]
+        reason = str(error).split("; a dataset can be given as:")[0]
         return None, f"The validation data cannot be read: {reason}. Name another dataset with --data."

@@ -82,7 +82,7 @@ PROMISES = [
             Break(
                 "tar: a size below 0",
                 "fastclip/data/shards/tar_index.py",
-                old='raise _Broken(f"{_name(header)} declares a size of {size}")',
+                old='raise _Broken(f"the header of {_name(header)} declares an impossible size of {size}")',
                 new="return BLOCK",
             ),
             Break(

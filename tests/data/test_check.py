@@ -245,7 +245,9 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
     source = pictures(tmp_path / "data")
     pack_source(source, tmp_path / "shards", samples_per_shard=4)
     before = files(tmp_path / "shards")
-    with pytest.raises(ValueError, match="holds shards of another call: samples_per_shard was 4, is 5"):
+    with pytest.raises(
+        ValueError, match=r"was begun with other options \(samples_per_shard was 4, is now 5\): choose another folder"
+    ):
         pack_source(source, tmp_path / "shards", samples_per_shard=5)
     (tmp_path / "other").mkdir()
     write_tar(tmp_path / "other" / "00000.tar", [("a.txt", b"x")])
@@ -253,7 +255,7 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
         pack_source(source, tmp_path / "other")
     assert files(tmp_path / "shards") == before and list(files(tmp_path / "other")) == ["00000.tar"]
     (tmp_path / "shards" / "00000_stats.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"00000_stats\.json is not what this command writes"):
+    with pytest.raises(ValueError, match=r"00000_stats\.json was not written by this command"):
         pack_source(source, tmp_path / "shards", samples_per_shard=4)
 
 
@@ -271,13 +273,16 @@ def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.Log
     for values in changed:
         old = {name: value for name, value in {**stats, **values}.items() if name not in ("max_pixels", "content")}
         file.write_text(json.dumps(old))
-        with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: take another folder"):
+        with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: choose another folder"):
             pack_source(source, output)
     file.write_text(json.dumps({name: stats[name] for name in stats if name != "quality"}))
-    with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: take another folder"):
+    with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: choose another folder"):
         pack_source(source, output)
     file.write_text(json.dumps({name: stats[name] for name in stats if name not in ("max_pixels", "content")}))
-    assert pack_source(source, output).kept == 0 and "00000.tar: samples have changed since" in caplog.text
+    assert (
+        pack_source(source, output).kept == 0
+        and "00000.tar is written again, because its samples have changed" in caplog.text
+    )
     assert files(output) == before
     file.write_text(json.dumps({name: stats[name] for name in stats if name != "max_pixels"}))
     assert pack_source(source, output).kept == 1
@@ -342,7 +347,7 @@ def test_pack_from_another_folder_is_refused(tmp_path: Path, monkeypatch: pytest
         assert pack_source(open_source(spec), output).kept == 1
         monkeypatch.chdir(tmp_path / "B")
         with pytest.raises(
-            ValueError, match=r"holds shards of another call: source was .*A/.* is .*B/.*another folder"
+            ValueError, match=r"was begun with other options \(source was .*A/.* is now .*B/.*another folder"
         ):
             pack_source(open_source(spec), output)
         assert files(output) == before

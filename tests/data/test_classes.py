@@ -66,11 +66,12 @@ def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplo
         folders(tmp_path / name, ("cat",))
     Image.new("RGB", (4, 4)).save(tmp_path / "loose" / "x.png")
     with pytest.raises(
-        ValueError, match=r"none of 2 images has a caption, first .*x\.png: x\.txt or .* in the same folder$"
+        ValueError, match=r"none of 2 images has a caption; the first is .*x\.png: x\.txt or .* in the same folder$"
     ):
         open_source(str(tmp_path / "loose"))
     with pytest.raises(
-        ValueError, match=r"none of 1 images has a caption.*; as a folder of classes, .* only one class, cat"
+        ValueError,
+        match=r"none of 1 images has a caption.*read as a folder of classes either: .* only one class, cat",
     ):
         open_source(str(tmp_path / "single"))
 
@@ -100,7 +101,7 @@ def test_links_that_are_passed_over_are_counted_once(tmp_path: Path, caplog: pyt
     root = folders(tmp_path / "a", ("cat",))
     (tmp_path / "a" / "more").symlink_to(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "x.png")
-    message = f"{root}: 1 links to folders are not followed, first {root}/more"
+    message = f"{root}: 1 links to folders are not followed; the first is {root}/more"
     with pytest.raises(ValueError, match="none of 2 images has a caption"):
         open_source(root)
     assert caplog.messages == [message]
@@ -206,7 +207,7 @@ def test_class_names_of_a_file_go_by_name(tmp_path: Path) -> None:
         named(tmp_path, root, "ant\n\nred fox\n")
     with pytest.raises(ValueError, match="without a name: Red_fox; names without a class: wolf; write lines of"):
         named(tmp_path, root, "ant\nwolf\nb-52\né\n")
-    with pytest.raises(ValueError, match=r"either every line or no line must be a class of .*, a tab and its name"):
+    with pytest.raises(ValueError, match=r"all lines or none must have the form CLASS<TAB>NAME, with a class of "):
         named(tmp_path, root, "ant\nRed_fox\ta fox\nb-52\né\n")
 
 

@@ -381,8 +381,8 @@ def test_replacements_are_the_same_however_read(tmp_path: Path, options: dict[st
 @pytest.mark.parametrize("workers", [0, 1])
 def test_source_that_gives_nothing_stops_with_causes_and_names(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(HTML, b"x"), (picture(), b" ")])))
-    message = rf"^{re.escape(str(tmp_path))}: 100 tries found no usable sample among the 2 tried: "
-    message += r"1 not an image \(.*000\.png\), 1 em"
+    message = rf"^{re.escape(str(tmp_path))}: none of the 2 different samples can be used that were drawn in 100 tries "
+    message += r"\(see `fastclip data check`\): 1 not an image \(.*000\.png\), 1 em"
     with pytest.raises(ValueError, match=message):
         next(training_batches(source, plain, tokenize, batch_size=2, last_step=1, workers=workers))
 
@@ -472,8 +472,8 @@ def test_no_alarm_while_batches_come(caplog: pytest.LogCaptureFixture, tmp_path:
 @pytest.mark.parametrize(
     ("torchs", "ours"),
     [
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "killed by the system (Killed): out of memory?"),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "(Bus error): is /dev/shm full?"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "(Killed), probably for lack of memory: use fewer"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It", "probably because /dev/shm is full: enlarge"),
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "a data worker ended"),
     ],
 )

@@ -47,7 +47,7 @@ def test_walk_leaves_out_what_is_hidden_and_names_links(tmp_path: Path, caplog: 
     assert [entry.path for _, entries in walk(os.fsencode(tmp_path), ["skip"]) for entry in entries] == [
         os.fsencode(path) for path in found
     ]
-    assert caplog.messages == [f"{tmp_path}: 1 links to folders are not followed, first {tmp_path}/b/round"] * 2
+    assert caplog.messages == [f"{tmp_path}: 1 links to folders are not followed; the first is {tmp_path}/b/round"] * 2
     with pytest.raises(FileNotFoundError):
         list(walk(str(tmp_path / "none")))
 

@@ -71,8 +71,8 @@ def test_hub_columns_are_told_and_named(tmp_path: Path, caplog: pytest.LogCaptur
     spec = saved(tmp_path / "d", rows, mask=datasets.Image())
     assert captions(open_source(spec)) == [("a",)]
     assert caplog.messages == [
-        f"{spec}: the column image is used, not mask; {spec}#image=mask names another",
-        f"{spec}: the column caption is used, not text; {spec}#caption=text names another",
+        f"{spec}: the column image is used, not mask; to use another, write {spec}#image=mask",
+        f"{spec}: the column caption is used, not text; to use another, write {spec}#caption=text",
     ]
     source = open_source(f"{spec}#caption=alt,image=mask")
     assert captions(source) == [("c",)] and shades(source) == [9]

@@ -163,12 +163,21 @@ def test_table_fields_are_quoted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,label\na.png,1\n", r"t\.csv: the table needs a column of images .*filepath.* got name, label"),
-        ("filepath,label\na.png,1\n", r"t\.csv: .* captions \(title, caption, text\).* got filepath, label"),
-        ("", r"t\.csv: .* got none"),
+        (
+            "name,label\na.png,1\n",
+            r"t\.csv: the table needs a column of images .*filepath.* but its columns are name, label",
+        ),
+        (
+            "filepath,label\na.png,1\n",
+            r"t\.csv: .* captions \(title, caption, text\).* but its columns are filepath, label\.",
+        ),
+        ("", r"t\.csv: .* but its columns are none\."),
         ("filepath,title\n", r"t\.csv: the table has a header and no rows"),
         ("filepath,title\na.png,\nb.png, \n", r"t\.csv: all 2 captions are empty"),
-        ('filepath,title\n,"x\ny"\n,y\n', r"none of 2 rows can be used, first .*t\.csv, line 2: the path is empty"),
+        (
+            'filepath,title\n,"x\ny"\n,y\n',
+            r"none of 2 rows can be used; the first is .*t\.csv, line 2: the path is empty",
+        ),
         (
             "filepath,title\n\nb.png\n",
             r"none of 1 rows can be used, .*t\.csv, line 3: 1 fields, but the header has 2",
@@ -231,7 +240,9 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
 def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> None:
     for k in range(5):
         (tmp_path / f"{k}.png").write_bytes(picture(k))
-    with pytest.raises(ValueError, match=r"none of 5 images has a caption, first .*0\.png: 0\.txt or 0\.json must"):
+    with pytest.raises(
+        ValueError, match=r"none of 5 images has a caption; the first is .*0\.png: 0\.txt or 0\.json must"
+    ):
         open_source(str(tmp_path))
 
 
@@ -316,7 +327,7 @@ def test_shards_are_used_once(tmp_path: Path) -> None:
     [
         ("none.tar", "no such shards: none.tar: no file"),
         ("n*.tar", "no such shards: n*.tar: no file"),
-        ("{00000..00003}.tar", "{00000..00003}.tar: 2 of 4 names have no file, first 00002.tar"),
+        ("{00000..00003}.tar", "{00000..00003}.tar: 2 of 4 names have no file, such as 00002.tar"),
         ("{00000.tar", "Unbalanced braces"),
     ],
 )
@@ -340,7 +351,7 @@ def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     refused({"a.txt": b"x"}, "the shard holds no images")
     refused(
         {"a.txt": b"x", "b.png": b"", "b.seg": b"1", "c.jpg": b""},
-        "none of 2 images has a caption, first b",
+        "none of 2 images has a caption; the first is b",
     )
 
 

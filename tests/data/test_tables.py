@@ -99,8 +99,8 @@ def test_table_says_which_of_several_columns_is_taken(tmp_path: Path, caplog: py
     caplog.set_level("INFO", "fastclip")
     assert open_source(table).captions(0) == ("b",)
     assert caplog.messages == [
-        f"{table}: the column title is used, not caption; {table}#caption=caption names another",
-        f"{table}: columns filepath and title, ignored caption, note",
+        f"{table}: the column title is used, not caption; to use another, write {table}#caption=caption",
+        f"{table}: the columns filepath and title are read; ignored columns: caption, note",
     ]
     caplog.clear()
     source = open_source(f"2*{table}#caption=Caption::{table}#caption=note,image=filepath")
@@ -239,12 +239,12 @@ def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level("INFO", "fastclip")
     source = open_source(str(table))
     assert source.captions(0) == ("one",) and source.key(1) == f"{table}, line 5"
-    assert f"{table}: columns filepath and title, ignored $'a\\nb'" in caplog.messages
+    assert f"{table}: the columns filepath and title are read; ignored columns: $'a\\nb'" in caplog.messages
     for header, message in (
         ('filepath,title,"no"te', r"t\.csv, line 1: ',' expected after"),
         ('filepath,title,"note', r"t\.csv, line 1: unexpected end of data; a quote opens .* to line 2"),
         ("a" * 200_000, r"t\.csv: the header of the table cannot be read: field larger than field limit"),
-        ('filepath,"title', r"t\.csv: the table needs .*; got filepath, \$'title\\na\.png,x'; name other"),
+        ('filepath,"title', r"t\.csv: the table needs .*, but its columns are filepath, \$'title\\na\.png,x'\. To use"),
     ):
         table.write_text(f"{header}\na.png,x\n")
         with pytest.raises(ValueError, match=message):

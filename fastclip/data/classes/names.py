@@ -46,7 +46,7 @@ def join_names(
     keys, names = list(given), tuple(given)
     if any("\t" in name for name in given):
         if not all(name.count("\t") == 1 for name in given):
-            raise ValueError(f"{what}: either every line or no line must be a class of {spec}, a tab and its name")
+            raise ValueError(f"{what}: all lines or none must have the form CLASS<TAB>NAME, with a class of {spec}")
         keys, names = ([name.split("\t")[k].strip() for name in given] for k in (0, 1))  # type: ignore[assignment]
     places = _by_name(keys, classes)
     if None in places:
@@ -113,8 +113,8 @@ def _unpaired(keys: Sequence[str], classes: Sequence[str], places: Sequence[int 
     nameless = [name for name, place in zip(classes, places) if place is None]
     unused = [key for place, key in enumerate(keys) if place not in places]
     return (
-        f"{what} does not name the classes of {spec}: classes without a name: {shown_names(nameless)}; names without a "
-        f"class: {shown_names(unused)}; write lines of class, tab and name to match them"
+        f"{what} does not name the classes of {spec}. Classes without a name: {shown_names(nameless)}. Names without a "
+        f"class: {shown_names(unused)}. To match them, write each line as CLASS<TAB>NAME"
     )
 
 

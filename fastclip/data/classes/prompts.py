@@ -26,7 +26,7 @@ def read_templates(name: str) -> tuple[str, ...]:
     if name in _PUBLISHED:
         return tuple(str(template("{}")) for template in getattr(zero_shot_metadata(), _PUBLISHED[name]))
     templates = []
-    for number, line in enumerate(_lines(name, "templates; openai and simple are CLIP's"), 1):
+    for number, line in enumerate(_lines(name, "a file of templates, or openai or simple for CLIP's templates"), 1):
         template = line.replace("{c}", "{}")
         if template and (template.count("{}") != 1 or set("{}") & set(template.replace("{}", ""))):
             raise ValueError(f"{name}, line {number}: {line!r} must contain {{}} once, in place of the class name")
@@ -43,7 +43,7 @@ def read_class_names(name: str) -> tuple[str, ...]:
         OSError: the file cannot be read.
         ValueError: the file contains no name, or an empty line before the last name; the message names the line.
     """
-    names = _lines(name, "class names")
+    names = _lines(name, "a file of class names")
     while names and not names[-1]:  # empty lines at the end of the file do not stand for classes
         names.pop()
     if "" in names:
@@ -57,4 +57,4 @@ def _lines(name: str, what: str) -> list[str]:
     try:
         return [line.strip() for line in read_lines(name)]
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {name} of {what}") from error
+        raise FileNotFoundError(f"there is no file {name}: give {what}") from error

@@ -81,7 +81,10 @@ def training_batches(
     """
     _check(rank=rank, ranks=ranks, workers=workers)
     if not 0 <= first_step <= last_step:
-        raise ValueError(f"steps must count up from 0, got first_step {first_step} and last_step {last_step}")
+        raise ValueError(
+            "first_step must be at least 0 and last_step at least first_step, "
+            f"got first_step {first_step} and last_step {last_step}"
+        )
     rows = _micro_batch_rows(batch_size, micro_batch, rank, ranks)
     order = Order(len(source), batch_size, seed)
     # The calling process draws the samples, and workers only read them: the order cannot depend on the workers.
@@ -252,8 +255,8 @@ def _usable(
     if len(faults) == 1:
         raise BadSample(*faults[0])
     tried = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
-    what = f"{len(faults)} tries found no usable sample among the"
-    raise ValueError(f"{watch.source.spec}: {what} {len(tried)} tried: {Tally(tried)}")
+    what = f"none of the {len(tried)} different samples can be used that were drawn in {len(faults)} tries"
+    raise ValueError(f"{watch.source.spec}: {what} (see `fastclip data check`): {Tally(tried)}")
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:

@@ -223,5 +223,8 @@ def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[
             else:
                 how = f"ended with exit status {process.exitcode}"
             break
-    hint = {"Killed": ": out of memory? Fewer workers take less", "Bus error": ": is /dev/shm full?"}
+    hint = {
+        "Killed": ", probably for lack of memory: use fewer workers",
+        "Bus error": ", probably because /dev/shm is full: enlarge it (docker run --shm-size) or use fewer workers",
+    }
     return ChildProcessError(f"{who} {how}{next((text for word, text in hint.items() if word in how), '')}{what}")

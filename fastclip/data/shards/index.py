@@ -110,7 +110,7 @@ def index_of(path: str, name: str) -> ShardIndex:
                 return kept
         index = ShardIndex(before, *_build(shard, name))
         if stamp_of(os.fstat(shard.fileno())) != before:
-            raise ValueError(f"{name}: the shard changed while it was indexed")
+            raise ValueError(f"{name}: the shard changed while it was indexed: run again when nothing writes to it")
     for file in files:
         try:
             _store(file, index)
@@ -165,7 +165,7 @@ def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str, Tally]:
         raise ValueError(f"{name}: not a tar file, or one that is cut off: {error}") from error
     end = shard.seek(0, io.SEEK_END)
     if end >= _LARGEST:
-        raise ValueError(f"{name}: a shard must be smaller than 2 TiB, has {end:,} bytes")
+        raise ValueError(f"{name}: a shard must be smaller than 2 TiB, but this one has {end:,} bytes: split it")
     samples, passed = shard_samples(contents, end)
     damage = _damage(samples, contents.broken, passed, name)
     rows, keys = np.zeros(len(samples), ROW), [os.fsencode(sample.key) for sample in samples]
@@ -194,8 +194,8 @@ def _damage(samples: Sequence[Sample], broken: str, passed: Tally, name: str) ->
     if not samples:
         raise ValueError(f"{name}: the shard holds no images{but}")
     if not usable and all(sample.state == UNTOLD for sample in samples):
-        first = f"first {samples[0].key}: {WANTED}"
-        raise ValueError(f"{name}: none of {len(samples)} images has a caption, {first}{but}")
+        first = f"the first is {samples[0].key}: {WANTED}"
+        raise ValueError(f"{name}: none of {len(samples)} images has a caption; {first}{but}")
     if not usable:
         causes = Tally(Fault(FAULTS[sample.state][0], sample.key, "") for sample in samples)
         raise ValueError(f"{name}: none of {len(samples)} samples can be used: {causes}{but}")

@@ -52,7 +52,7 @@ def _listed(pattern: str) -> list[str]:
     system, path = _file_system(pattern)
     try:
         listed = system.glob(path, detail=True)
-    except Exception as error:  # every kind of storage has its own errors
+    except Exception as error:  # every storage service raises different errors
         raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
     names = [name for name, info in listed.items() if info.get("type") != "directory"]
     urls = sorted(system.unstrip_protocol(name) for name in names if _in_hidden(path) or not _in_hidden(name))
@@ -99,7 +99,7 @@ def _local_copy(url: str) -> str:
             size = info.get("size")
             if have is None or size not in (None, have) or _mark(info) != _copied(copy):
                 _copy(system, path, copy, info)
-        except Exception as error:  # every kind of storage has its own errors
+        except Exception as error:  # every storage service raises different errors
             if have is None or isinstance(error, _Short):
                 raise OSError(f"{url}: cannot be copied: {_reason(error)}") from error
             logger.warning("%s cannot be reached, the existing copy %s is used: %s", url, copy, _reason(error))

@@ -58,7 +58,9 @@ def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
     if missing and files and problems is not None:
         problems += [f"no such shard: {name}" for name in missing]
     elif missing:
-        what = f"{len(missing)} of {len(names)} names have no file, first {missing[0]}" if len(names) > 1 else "no file"
+        what = (
+            f"{len(missing)} of {len(names)} names have no file, such as {missing[0]}" if len(names) > 1 else "no file"
+        )
         raise ValueError(f"no such shards: {pattern}: {what}")
     return list(dict.fromkeys(files))
 
@@ -129,7 +131,10 @@ class Shards:
             states = self._rows["state"]
             classed = states == CLASS
             if classed.any() and not ((states < UNTOLD) & ~classed).any():
-                raise ValueError(f"{spec}: images with classes, no captions and no classnames.txt beside the shards")
+                raise ValueError(
+                    f"{spec}: the images have classes but no captions, and there is no classnames.txt beside the "
+                    "shards: add one with the name of one class per line"
+                )
             states[classed] = UNTOLD
 
     def __len__(self) -> int:

@@ -106,7 +106,9 @@ class _Reader:
             except _Broken as error:
                 if not place:
                     how = compression(header)
-                    raise tarfile.ReadError(f"it is compressed by {how}" if how else str(error)) from error
+                    raise tarfile.ReadError(
+                        f"it is compressed by {how}: decompress it first" if how else str(error)
+                    ) from error
                 broken = f"no tar header after the end of the archive, at byte {place:,}" if ended else str(error)
             ended = ended and bool(broken)
         if not self._end:
@@ -125,14 +127,14 @@ class _Reader:
         kind, size = header[156:157], _number(header[124:136])
         if kind in _REGULAR and not self._next:  # the fast path of most members
             if size < 0:
-                raise _Broken(f"{_name(header)} declares a size of {size}")
+                raise _Broken(f"the header of {_name(header)} declares an impossible size of {size}")
             if (name := _name(header)).endswith("/") and kind == b"\0":  # a folder, as very old programs write it
                 return BLOCK
             self._members.append(Member(name, place, size))
             return BLOCK + _filled(size)
         if kind in (_LONG_NAME, _LONG_LINK, _GLOBAL, *_EXTENDED):
             if not 0 <= size <= _LARGEST:
-                raise _Broken(f"an extended header declares a size of {size}")
+                raise _Broken(f"an extended header declares an impossible size of {size}")
             data = read_exactly(self._file, size)
             if len(data) < size:
                 raise _Broken("unexpected end of data")
@@ -148,7 +150,10 @@ class _Reader:
         records = _records(data)
         if kind == _GLOBAL:
             if records:
-                raise _Broken(f"a global header sets {', '.join(records)} for all members")
+                raise _Broken(
+                    f"a global header sets {', '.join(records)} for all members, which is not supported: "
+                    "write the archive again without it"
+                )
         else:
             self._next |= records
 
@@ -170,7 +175,7 @@ class _Reader:
             self._lost.append(Lost(name, "device or pipe"))
             return BLOCK
         if size < 0:
-            raise _Broken(f"{name} declares a size of {size}")
+            raise _Broken(f"the header of {name} declares an impossible size of {size}")
         if sparse:
             self._lost.append(Lost(name, "sparse file"))
         elif kind in (*_REGULAR, _CONTIGUOUS):
@@ -267,12 +272,12 @@ def _octal(field: bytes) -> int:
         pass
     if not digits:
         return 0
-    raise _Broken(f"a header holds the number {field!r}")
+    raise _Broken(f"a header holds an invalid number, {field!r}")
 
 
 def _decimal(value: bytes, name: str) -> int:
     if not value.isdigit() or len(value) > 20:
-        raise _Broken(f"{name} declares a size of {value[:40]!r}")
+        raise _Broken(f"the extended header of {name} declares an invalid size of {value[:40]!r}")
     return int(value)
 
 

@@ -30,7 +30,7 @@ class ClassFolder(PictureFiles):
     followed. The captions of an image are those of its class.
 
     Args:
-        classes: one name per folder, matched with the folders by name (`join_names`); or one of
+        classes: one name per folder, matched with the folders' names (`join_names`); or one of
             `fastclip.data.classes.imagenet.SETS`. In the latter case the source has all classes of the set, even those
             without a folder.
 

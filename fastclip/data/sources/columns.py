@@ -68,5 +68,5 @@ def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, s
     if len(there) > 1:
         others = " and ".join(there[1:])
         how = f"{spec.partition('#')[0]}#{kind}={there[1]}"
-        logger.warning("%s: the column %s is used, not %s; %s names another", spec, there[0], others, how)
+        logger.warning("%s: the column %s is used, not %s; to use another, write %s", spec, there[0], others, how)
     return lower.index(there[0])

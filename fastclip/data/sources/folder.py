@@ -121,7 +121,7 @@ class Folder(PictureFiles):
             raise NoCaptions(f"{spec}: the folder holds no images ({kinds}){passed.also_holds()}", outside, links)
         if not captioned:
             first = self._file(0)
-            message = f"none of {len(self)} images has a caption, first {first}: {_wanted(first)}"
+            message = f"none of {len(self)} images has a caption; the first is {first}: {_wanted(first)}"
             raise NoCaptions(f"{spec}: {message}{passed.also_holds()}", outside, links)
         log_links(str(self._folder), links)
         if passed.total:

@@ -128,4 +128,6 @@ def _root(
                 return root, deep
     where, first = " or ".join(map(str, folders)), images[0]["filename"]
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
-    raise ValueError(f"{spec}: none of {len(images):,} images is in {where}, first {first}; name their folder: {name}")
+    raise ValueError(
+        f"{spec}: none of {len(images):,} images is in {where}; the first is {first}. Name their folder: {name}"
+    )

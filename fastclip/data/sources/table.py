@@ -70,7 +70,7 @@ class Table(PictureFiles):
             raise ValueError(f"{spec}: the table has a header and no rows")
         if len(self._faults) == len(self):
             first = self._faults[0]
-            raise ValueError(f"{spec}: none of {len(self)} rows can be used, first {first.key}: {first.reason}")
+            raise ValueError(f"{spec}: none of {len(self)} rows can be used; the first is {first.key}: {first.reason}")
         if not any(self._captions[index] for index in range(len(self))):
             raise ValueError(f"{spec}: all {len(self)} captions are empty")
         if self._faults:
@@ -108,7 +108,10 @@ class Table(PictureFiles):
                 where = "URLs in a table are not fetched: download the images with img2dataset, which writes shards"
             raise BadSample("missing file", self.key(index), where)
         if beside is not None and here is not None and not _same(beside, here):
-            what = f"two different images, {beside} and {here}: write an absolute path, or work in the table's folder"
+            what = (
+                f"two different images, {beside} and {here}: write an absolute path, or run the command in the table's "
+                "folder"
+            )
             raise BadSample("ambiguous file", self.key(index), what)
         path = beside or here
         assert path is not None
@@ -247,13 +250,13 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
         if image is not None and caption is not None:
             rest = [shown(name) for place, name in enumerate(names) if place not in (image, caption)]
             taken = f"{names[image]} and {names[caption]}"
-            logger.info("%s: columns %s, ignored %s", spec, taken, ", ".join(rest) or "none")
+            logger.info("%s: the columns %s are read; ignored columns: %s", spec, taken, ", ".join(rest) or "none")
             return separator, image, caption
     columns_there = [shown(name[:80]) for name in widest]  # cut: a name with an open quote may contain whole rows
     raise ValueError(
-        f"{spec}: the table needs a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions "
-        f"({', '.join(CAPTION_COLUMNS)}), separated by comma, tab, semicolon or bar; "
-        f"got {', '.join(columns_there) or 'none'}; name other columns as in {spec}#image=NAME,caption=NAME"
+        f"{spec}: the table needs a column of images ({', '.join(IMAGE_COLUMNS)}) and a column of captions "
+        f"({', '.join(CAPTION_COLUMNS)}), but its columns are {', '.join(columns_there) or 'none'}. To use other "
+        f"columns, write {spec}#image=NAME,caption=NAME. Columns are separated by comma, tab, semicolon or vertical bar"
     )
 
 
