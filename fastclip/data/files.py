@@ -96,8 +96,9 @@ def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:
     """Log the number of links to folders that `walk` has not followed, with the first of them."""
     if links:
         first = os.fsdecode(links[0])
-        message = "%s: %d links to folders are not followed; the first is %s"
-        logger.warning(message, os.fsdecode(folder), len(links), first)
+        logger.warning(
+            "%s: %d links to folders are not followed; the first is %s", os.fsdecode(folder), len(links), first
+        )
 
 
 def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:

@@ -234,5 +234,5 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
         changes = ", ".join(f"{key} was {known[key]}, is now {about[key]}" for key in changed)
         raise ValueError(f"{output} was begun with other options ({changes}): choose another folder")
     if not same:
-        logger.warning("%s is written again, because its samples have changed", tar)
+        logger.warning("%s: the shard is written again, because its samples have changed", tar)
     return stats if whole and same else None

@@ -95,8 +95,8 @@ class FeatureStore:
     def add(self, start: int, part: Part) -> None:
         """Store the part that begins with sample number `start`.
 
-        The number of samples is the number of rows of the tensor "used" or "features"; a part without these counts as
-        one sample.
+        The number of samples is the number of rows of the tensor "used" or "features"; a part without these
+        tensors holds one sample.
 
         Raises:
             OSError: The store was created with `folder`, and its disk is full or not writable. The message names the

@@ -281,7 +281,7 @@ def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.Log
     file.write_text(json.dumps({name: stats[name] for name in stats if name not in ("max_pixels", "content")}))
     assert (
         pack_source(source, output).kept == 0
-        and "00000.tar is written again, because its samples have changed" in caplog.text
+        and "00000.tar: the shard is written again, because its samples have changed" in caplog.text
     )
     assert files(output) == before
     file.write_text(json.dumps({name: stats[name] for name in stats if name != "max_pixels"}))
@@ -382,7 +382,7 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"wrote {tmp_path}/s: 5 samples in 2 shards\nskipped: 2 not an image ({source.key(3)}, " in told
     assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which already existed" in capsys.readouterr().out
     assert cli.main([*words, "--image-size", "4"]) == 1
-    assert "image_size was None, is 4" in capsys.readouterr().err
+    assert "image_size was None, is now 4" in capsys.readouterr().err
 
 
 # --- damage
@@ -470,7 +470,7 @@ def test_largest_picture_is_an_option(
     assert cli.main([*output, "--max-pixels", "1e6"]) == 0 and Image.MAX_IMAGE_PIXELS == 10**6
     if action == "pack":
         assert cli.main([*words, "--max-pixels", "200"]) == 1
-        assert "max_pixels was 100, is 200" in capsys.readouterr().err
+        assert "max_pixels was 100, is now 200" in capsys.readouterr().err
     for wrong in ("0", "x", "nan", "inf"):
         with pytest.raises(SystemExit):
             cli.main([*words, "--max-pixels", wrong])

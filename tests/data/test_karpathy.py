@@ -54,7 +54,7 @@ def test_pictures_of_another_folder(tmp_path: Path) -> None:
     names = write_crops(tmp_path / "elsewhere" / "val2014")
     file = split_file(tmp_path / "dataset_coco.json", images(names, filepath="val2014"), "coco")
     with pytest.raises(
-        ValueError, match=r"none of 6 images is in .*, the first is china3.jpg. Name their folder: .*:FOLDER"
+        ValueError, match=r"none of 6 images is in .*; the first is china3.jpg. Name their folder: .*:FOLDER"
     ):
         open_source(f"{file}:test")
     source = open_source(f"{file}:test:{tmp_path / 'elsewhere'}")

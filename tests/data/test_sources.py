@@ -180,7 +180,7 @@ def test_table_fields_are_quoted(tmp_path: Path) -> None:
         ),
         (
             "filepath,title\n\nb.png\n",
-            r"none of 1 rows can be used, .*t\.csv, line 3: 1 fields, but the header has 2",
+            r"none of 1 rows can be used; .*t\.csv, line 3: 1 fields, but the header has 2",
         ),
         ("filepath,title\na.png,x, y\n", r"t\.csv, line 2: 3 fields, but the header has 2"),
         ('filepath,title\na.png,x\nb.png,"x\nc.png,y\nd.png,z\n', r"t\.csv, line 3: unexpected end of data"),

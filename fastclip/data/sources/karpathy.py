@@ -88,7 +88,7 @@ class Karpathy(PictureFiles):
         return given_captions([self._captions[place] for place in places], self.key(index))
 
     def _file(self, index: int) -> Path:
-        # The name on the disk may have another Unicode normal form than the name in the JSON file.
+        # The names on the disk and in the JSON file may have different Unicode normal forms.
         return existing(self._folder, self._names[index]) or super()._file(index)
 
 
