@@ -230,7 +230,7 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
     same = stats.get("content") == content
     if changed := [key for key in about if key not in known or known[key] != about[key]]:
         if "content" not in stats or not known.keys() >= about.keys():
-            raise ValueError(f"{output} was begun by another version of fastclip: choose another folder")
+            raise ValueError(f"{output} was created by another version of fastclip: choose another folder")
         changes = ", ".join(f"{key} was {known[key]}, is now {about[key]}" for key in changed)
         raise ValueError(f"{output} was begun with other options ({changes}): choose another folder")
     if not same:

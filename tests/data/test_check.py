@@ -260,7 +260,7 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "The output was begun by another version of fastclip",
+    "The output was created by another version of fastclip",
     "`data pack` writes its shards again if they belong to the same call. Other commands refuse the folder "
     "and ask for another one",
 )
@@ -273,10 +273,10 @@ def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.Log
     for values in changed:
         old = {name: value for name, value in {**stats, **values}.items() if name not in ("max_pixels", "content")}
         file.write_text(json.dumps(old))
-        with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: choose another folder"):
+        with pytest.raises(ValueError, match=r"shards was created by another version of fastclip: choose another folder"):
             pack_source(source, output)
     file.write_text(json.dumps({name: stats[name] for name in stats if name != "quality"}))
-    with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: choose another folder"):
+    with pytest.raises(ValueError, match=r"shards was created by another version of fastclip: choose another folder"):
         pack_source(source, output)
     file.write_text(json.dumps({name: stats[name] for name in stats if name not in ("max_pixels", "content")}))
     assert (
