@@ -37,12 +37,13 @@ _INTRODUCTION = """\
 # Promises
 
 This page lists what fastclip guarantees. Each promise names a test that fails if the promise is broken: every promise
-was broken on purpose to see that. The changes that break a promise, and its other tests, are in `tests/broken`;
+was broken on purpose to check this. The changes that break a promise, and its other tests, are in `tests/broken`;
 [CONTRIBUTING](../CONTRIBUTING.md#promises) explains how to repeat this.
 
 A batch has M images and N texts with D features each, and W is the number of processes. Errors are relative. "The same
 tolerances" are 1e-5 for a loss, 3e-5 for gradients of float32 features (1e-4 if they are computed on the tensor cores
-of a GPU), and one rounding for gradients of 16-bit features. "The loss without labels" is the contrastive loss of
+of a GPU), and one rounding for gradients of 16-bit features. "Dense PyTorch" and "the dense formula" are plain PyTorch
+formulas that store the M x N matrix. "The loss without labels" is the contrastive loss of
 matching pairs, as in `contrastive_loss(image, text, logit_scale)`.
 """
 

@@ -58,9 +58,9 @@ def document() -> str:
     lines = [
         "# Reliability",
         "",
-        "For every fault in these tables, a test provokes it and checks what fastclip does. For example, this run",
+        "A test provokes each fault in these tables and checks what fastclip does. For example, this run",
         "may be killed with kill -9 again and again. If the command is started once more, it resumes, and the run ends",
-        "with the losses of a run that never stopped.",
+        "with the losses of a run that never stopped (bit for bit; on a GPU this requires `--deterministic`).",
         "",
         "```console",
         "$ fastclip train --config run.yaml --save-every 500 --resume auto",

@@ -159,8 +159,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Image paths start at the table's folder; one that means another image in the working directory is a "
-        "bad sample",
+        "Image paths start at the table's folder; if the working directory has another image at that path, the "
+        "sample is bad",
         tests=[
             "data/test_tables.py::test_table_paths_are_relative_to_the_table",
             "data/test_tables.py::test_table_name_in_another_form_is_found",

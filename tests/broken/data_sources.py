@@ -246,7 +246,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "An image and its mask in a shard are one sample",
+        "If a sample of a shard has several images, such as `x.jpg` and a mask `x.png`, the first is used",
         tests=[
             "data/test_shards.py::test_picture_and_its_mask_are_one_sample",
         ],

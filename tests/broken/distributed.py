@@ -211,8 +211,8 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "No process of `fastclip train`, `fastclip parity` or a benchmark crashes at exit because of a thread of its "
-        "process group",
+        "No process of `fastclip train`, `fastclip parity` or a benchmark crashes at exit because of its process "
+        "group's threads",
         tests=[
             "training/test_interrupted.py::test_threads_end_with_the_group",
             "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",

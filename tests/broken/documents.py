@@ -7,7 +7,7 @@ from broken import DOCUMENTS, MACHINE, Break, Promise
 PROMISES = [
     Promise(
         DOCUMENTS,
-        "Every Python block in the documentation runs and prints what its page shows",
+        "Every Python block in the documentation, unless marked as not run, runs and prints what its page shows",
         tests=[
             "package/test_docs.py::test_python_of_a_page_runs",
             "package/test_docs.py::test_what_a_block_prints_is_what_the_page_says",

@@ -95,7 +95,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Versions and classes with another computation are not patched, and `unpatch` restores the original methods",
+        "Unknown versions, and classes that compute something else, are not patched; `unpatch` restores the methods",
         tests=[
             "integrations/test_integrations.py::test_unknown_version_is_refused",
             "integrations/test_integrations.py::test_class_that_computes_something_else_is_refused",

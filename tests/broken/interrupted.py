@@ -249,7 +249,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that is killed repeatedly ends with the same weights as a run that was never stopped",
+        "A run killed repeatedly ends with the weights of an uninterrupted run (on a GPU with `--deterministic`)",
         tests=[
             "training/test_interrupted.py::test_run_killed_again_and_again_is_the_run_that_never_stopped",
             "training/test_interrupted.py::test_run_that_died_before_its_model_writes_it",

@@ -101,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Loading a model never unpickles anything",
+        "Loading a model unpickles nothing but tensors, numbers and strings, and never runs code of the file",
         tests=[
             "models/test_refused.py::test_no_pickle_runs",
         ],

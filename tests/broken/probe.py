@@ -94,7 +94,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A probe shows published numbers only if the folder has the name of their dataset",
+        "A probe shows published numbers only for a dataset that the folder's name or `--reference` names",
         tests=[
             "evaluation/test_probe.py::test_published_numbers_are_by_name",
             "evaluation/test_probe.py::test_result_is_called_by_its_folder",
@@ -159,7 +159,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Fine-tuning that was killed resumes to bit-identical weights, and SIGTERM saves a checkpoint",
+        "Fine-tuning that was killed resumes, on a CPU to bit-identical weights, and SIGTERM saves a checkpoint",
         tests=[
             "training/test_finetune.py::test_killed_run_goes_on_to_the_same_bits",
             "training/test_finetune.py::test_signal_ends_it_with_a_checkpoint",

@@ -157,7 +157,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Published retrieval results are shown only for the test split",
+        "Published retrieval results are shown only beside the test split, or beside any data with `--reference`",
         tests=[
             "evaluation/test_retrieval.py::test_published_results_stand_beside_the_test_split",
         ],

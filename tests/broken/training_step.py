@@ -103,7 +103,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "A parameter used directly in the loss function of `cached_step` has a single process's gradient on every rank",
+        "A parameter that the loss function of `cached_step` reads has the same gradient for any number of processes",
         tests=[
             "training/test_cached_step.py::test_ddp_averages_what_the_loss_reads_by_itself",
             "training/test_cached_step.py::test_parameters_that_the_loss_reads_by_itself",

@@ -261,8 +261,8 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
 
 @pytest.mark.fault(
     "The output was created by another version of fastclip",
-    "`data pack` writes its shards again if they belong to the same call. Other commands refuse the folder "
-    "and ask for another one",
+    "`data pack` writes its shards again if data and options are the same. Other commands refuse the folder "
+    "and ask you to choose another folder",
 )
 def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, output = pictures(tmp_path / "data"), tmp_path / "shards"

@@ -283,7 +283,9 @@ def test_missing_shard_is_an_os_error(broken_shards: Path, workers: int) -> None
         next(batches)
 
 
-@pytest.mark.fault("A transform fails in `evaluation_batches` without `skipped`", "An error names the sample")
+@pytest.mark.fault(
+    "A transform fails in an evaluation that does not collect unusable samples", "An error names the sample"
+)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_names_the_sample(workers: int) -> None:
     def fail(image: Image.Image) -> Tensor:

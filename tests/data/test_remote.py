@@ -117,7 +117,8 @@ def test_remote_shard_of_the_same_size_that_has_changed_is_copied_anew(
 
 
 @pytest.mark.fault(
-    "A server does not answer", "The local copy is used, with a warning. Without a copy, an error names the URL"
+    "The server of a remote shard does not answer",
+    "The local copy is used, with a warning. Without a copy, an error names the URL",
 )
 def test_remote_copy_is_used_when_nobody_answers(
     memory: fsspec.AbstractFileSystem, caplog: pytest.LogCaptureFixture

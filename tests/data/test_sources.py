@@ -159,7 +159,10 @@ def test_table_fields_are_quoted(tmp_path: Path) -> None:
     assert captions(source) == [('he said "hi", twice',), ("two\nlines",), ("été",)]
 
 
-@pytest.mark.fault("A table is damaged", "An error names the file and the line")
+@pytest.mark.fault(
+    "No row of a table can be used, or the table cannot be parsed",
+    "The run does not start. An error names the file and, except for empty captions, the line",
+)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -246,7 +249,9 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         open_source(str(tmp_path))
 
 
-@pytest.mark.fault("A caption file is empty or damaged", "The message names its image")
+@pytest.mark.fault(
+    "A caption file is empty or damaged", "The sample is replaced and counted by cause; the message names its image"
+)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -387,7 +392,10 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
     return open_source(str(folder / "t.csv")), "2.png"
 
 
-@pytest.mark.fault("An image is damaged, or its file contains HTML", "The message names its file")
+@pytest.mark.fault(
+    "An image is damaged, or its file contains HTML",
+    "The sample is replaced and counted by cause; the message names the file",
+)
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 @pytest.mark.parametrize(
     ("data", "reason"),
@@ -418,7 +426,10 @@ def test_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
     assert record.image.getexif().get(0x0112, 1) == 1
 
 
-@pytest.mark.fault("An image has disappeared since the start", "The message names its file")
+@pytest.mark.fault(
+    "An image has disappeared since the start",
+    "The sample is replaced and counted by cause; the message names the file",
+)
 def test_picture_that_has_gone_is_named(tmp_path: Path) -> None:
     source, key = faulty_picture("folder", picture(0), tmp_path)
     (tmp_path / "2.png").unlink()

@@ -150,7 +150,10 @@ def test_field_of_json_is_named_as_a_column_is(tmp_path: Path) -> None:
 # --- damage
 
 
-@pytest.mark.fault("Rows of a table are damaged", "The log names their lines, and they are counted as unusable samples")
+@pytest.mark.fault(
+    "Some rows of a table are damaged",
+    "The log names their lines, and they are replaced and counted as unusable samples. The run continues",
+)
 def test_rows_that_are_damaged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_folder(tmp_path, 1)
     rows = b'\n\nfilepath,title\n000.png,"two\nlines"\n000.png\n,x\n000.png,"a "b" c"\n000.png,\xe9\n'

@@ -123,7 +123,7 @@ TRANSFORMS: dict[str, Callable[[Loss], Any]] = {
 
 @pytest.mark.fault(
     "Forward-mode derivatives or torch.func are used",
-    "The results are those of dense torch. A named backend raises an error",
+    "The results are those of plain PyTorch formulas that store the N x N matrix. A named backend raises an error",
 )
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", LOSSES)

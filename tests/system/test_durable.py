@@ -239,7 +239,8 @@ def test_checkpoints_of_a_later_step_are_set_aside(tmp_path: Path, caplog: pytes
 
 @forks
 @pytest.mark.fault(
-    "The disk is full (a file size limit)", "The message states the bytes needed, and the old checkpoint is kept"
+    "The disk is full (simulated by a limit on the size of a file)",
+    "The message states the bytes needed, and the old checkpoint is kept",
 )
 def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="Windows has no limits of resources")
@@ -258,7 +259,9 @@ def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001"] and loaded(tmp_path / "step-00000001") == (1, 1)
 
 
-@pytest.mark.fault("The disk has too little space", "An error states both numbers of bytes before anything is written")
+@pytest.mark.fault(
+    "The disk has too little space", "An error states the bytes needed and the bytes free, and nothing is written"
+)
 def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=700))
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: pytest.fail("written"))
@@ -275,7 +278,8 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.fault(
-    "The disk is too small for a checkpoint of the run", "An error states both sizes before the first step"
+    "The disk is too small for a checkpoint of the run",
+    "Before the first step, an error states the bytes needed and the bytes free",
 )
 def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(3, 2)  # 32 bytes

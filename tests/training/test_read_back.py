@@ -111,7 +111,7 @@ READERS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
 
 
 @pytest.mark.fault(
-    "A file that a command has written has other content when it is read again", "An error of one line names the file"
+    "A file that a command has written has other content when it is read again", "A one-line error names the file"
 )
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_not_what_was_written_is_an_error_that_names_the_file(name: str, tmp_path: Path) -> None:
