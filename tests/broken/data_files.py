@@ -188,8 +188,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "If several columns would do, the log names the chosen one; the same option names columns for every "
-        "kind of data",
+        "If several columns fit, the log names the chosen one; the same option names columns for every kind of data",
         tests=[
             "data/test_tables.py::test_table_says_which_of_several_columns_is_taken",
             "data/test_tables.py::test_column_that_is_not_there_is_named",

@@ -7,8 +7,7 @@ from broken import STOPS, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "Only one command can write to an output; a second one is refused and told the first one's process, "
-        "host and time",
+        "Only one command can write to an output; a second one is refused with the process, host and time of the first",
         tests=[
             "system/test_owner.py::test_second_owner_is_refused_and_a_killed_one_is_passed_over",
             "system/test_owner.py::test_owner_on_another_host_is_told_and_taken_from_by_force",

@@ -43,7 +43,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A probe reports fits that did not converge; a tie and a class without training samples count as misses",
+        "A probe reports fits that did not converge; ties, and images of classes without training samples, are misses",
         tests=[
             "evaluation/test_probe.py::test_fits_that_do_not_converge_are_told",
             "evaluation/test_probe.py::test_class_that_was_not_trained_on_is_missed",

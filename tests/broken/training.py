@@ -7,7 +7,7 @@ from broken import MACHINE, PROCESSES, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "A resumed run has, bit for bit, the losses and metrics of one never stopped (on a GPU with `--deterministic`)",
+        "A resumed run has, bit for bit, the results of an uninterrupted run (on a GPU with `--deterministic`)",
         tests=[
             "training/test_trainer.py::test_resumed_run_is_the_run_that_never_stopped",
             "training/test_trainer.py::test_resumed_run_has_the_optimisers_options_it_is_given",

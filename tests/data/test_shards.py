@@ -263,7 +263,7 @@ def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
 
 @pytest.mark.fault(
     "The braces of a pattern expand to more than a million shards",
-    "The pattern is refused by name before it is expanded",
+    "An error names the pattern before it is expanded",
 )
 @pytest.mark.parametrize(
     "pattern",
