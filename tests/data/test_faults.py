@@ -132,7 +132,7 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
         assert caught.value.fault.cause == "unreadable file"
 
 
-@pytest.mark.fault("An image has the wrong extension", "It is read as what it is")
+@pytest.mark.fault("An image has the wrong extension", "It is read according to its content")
 def test_kind_of_a_picture_is_not_its_name(tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(picture(40, "JPEG"), b"x"), (picture(90, "BMP"), b"x")])))
     assert [abs(float(plain(source[k].image).mean()) - shade) < 8 for k, shade in enumerate((40, 90))] == [True, True]
@@ -286,7 +286,7 @@ def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pyt
     assert len(open_source(str(path))) == 2 and "x.tar: cut off or damaged after 2 samples" in caplog.text
 
 
-@pytest.mark.fault("A tar file is empty or garbage", "The run does not start, and the message names the file")
+@pytest.mark.fault("A tar file is empty or garbage", "The run does not start, and an error names the file")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -349,7 +349,7 @@ def batches(source: Source, **options: int) -> list[Batch]:
     return steps
 
 
-@pytest.mark.fault("Samples cannot be used", "Others take their places, and batches keep their sizes")
+@pytest.mark.fault("Samples cannot be used", "Other samples take their places, and batches keep their sizes")
 def test_bad_samples_are_replaced_and_batches_keep_their_size(tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path, 20, BAD)))
     good = [source.key(k) for k in range(20)]

@@ -86,7 +86,7 @@ HOSTILE = {
 
 @pytest.mark.fault(
     "The headers of a tar file declare impossible sizes",
-    "The file is read up to there, and the message names the shard",
+    "The file is read up to the first such header, and the message names the shard",
 )
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_declared_sizes_are_not_believed(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:

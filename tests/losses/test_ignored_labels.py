@@ -49,7 +49,7 @@ def gradients(loss: Any, image: Tensor, text: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.fault(
-    "Some labels are -1, meaning that the row has none",
+    "Some rows have the label -1, which marks a row without a class",
     "An error states this, or with `ignore_label` these rows are left out",
 )
 def test_loss_is_that_without_the_rows(name: str, dtype: torch.dtype) -> None:

@@ -82,7 +82,7 @@ def test_unchanged_pictures_are_not_opened(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("how", ["replaced", "written"])
-@pytest.mark.fault("An image is replaced by one of the same size and time", "It is embedded again")
+@pytest.mark.fault("An image is replaced by an image of the same size and time", "It is embedded again")
 def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
     """A change that keeps size and time is detected. `cp -p` can set back the time of writing, but not
     the time of the status change.
@@ -351,7 +351,7 @@ def test_vectors_are_stored_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "A search index contains a damaged vector, or one of another model",
+    "A search index contains a damaged vector, or a vector of another model",
     "An error names the file, and the search returns no results",
 )
 @pytest.mark.parametrize("value", [b"", b"123", np.ones(DIM + 1, "<f4").tobytes(), "a text", 7.5])

@@ -190,7 +190,7 @@ def test_damage_is_found_and_the_one_before_is_used(
         find_checkpoint("auto", tmp_path)
 
 
-@pytest.mark.fault("A checkpoint contains a pickle", "It is refused, and nothing of it runs")
+@pytest.mark.fault("A checkpoint contains a pickle", "It is refused, and no code in it runs")
 def test_no_pickle_runs_when_a_checkpoint_is_read(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> object:

@@ -299,7 +299,9 @@ def not_writable(tmp_path: Path) -> tuple[Path, str]:
     return Path("/proc/self/out"), "/proc/self/out cannot be created: No such file"
 
 
-@pytest.mark.fault("`--output` is a file, is inside one, or is not writable", "An error names the path before any work")
+@pytest.mark.fault(
+    "`--output` is a file, is inside a file, or is not writable", "An error names the path before any work"
+)
 @pytest.mark.parametrize("case", [as_file, below_a_file, dead_link, not_writable])
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path, case: Callable[[Path], tuple[Path, str]]) -> None:
     place, said = case(tmp_path)
