@@ -273,7 +273,9 @@ def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.Log
     for values in changed:
         old = {name: value for name, value in {**stats, **values}.items() if name not in ("max_pixels", "content")}
         file.write_text(json.dumps(old))
-        with pytest.raises(ValueError, match=r"shards was created by another version of fastclip: choose another folder"):
+        with pytest.raises(
+            ValueError, match=r"shards was created by another version of fastclip: choose another folder"
+        ):
             pack_source(source, output)
     file.write_text(json.dumps({name: stats[name] for name in stats if name != "quality"}))
     with pytest.raises(ValueError, match=r"shards was created by another version of fastclip: choose another folder"):
