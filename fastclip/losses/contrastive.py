@@ -64,7 +64,7 @@ def contrastive_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the symmetric cross-entropy over the M x N similarities of images and texts, without storing them.
+    """Compute the symmetric cross-entropy over the M x N similarities of images and texts, in bounded memory.
 
     The logits are ``logits_ij = logit_scale * <image_i, text_j>``, of the normalised features unless
     ``normalize=False``. The loss is ``image_weight`` times the mean over images of -log softmax at the image's text,

@@ -27,7 +27,7 @@ def sigmoid_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Compute the pairwise sigmoid loss over the N x N similarities of images and texts, without storing them.
+    """Compute the pairwise sigmoid loss over the N x N similarities of images and texts, in bounded memory.
 
     The loss is ``-sum_ij logsigmoid(sign_ij * (logit_scale * <image_i, text_j> + logit_bias)) / N``, where sign_ij is 1
     at the pairs i = j and -1 elsewhere (SigLIP, Zhai et al. 2023, section 3.2). Features are normalised unless
