@@ -56,7 +56,11 @@ _OWN_PARSER = ("train", "finetune")  # tyro reads the options of these
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 1 if a check fails, or after an error message on stderr."""
+    """Run a command line and return its exit status.
+
+    The status is 0, or 1 if a check fails or an error is reported on stderr, 130 after Ctrl-C, and 143 after SIGTERM.
+    Wrong arguments raise SystemExit with status 2.
+    """
     if argv is None:  # called as a program; for a caller in Python, streams and environment stay unchanged
         prepare_streams()
     parser = _parser()
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _advice(command: str, error: Exception) -> str:
-    """Return the advice to install the extra that brings a missing package; empty for any other error."""
+    """Return the advice to install the extra that contains a missing package; empty for any other error."""
     if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
         return ""
     extra = "search" if command in _OF_SEARCH else "train"
@@ -108,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "fastclip doctor",
         "fastclip train --data digits --model ViT-tiny --context-length 16 --output runs/digits",
         "fastclip eval zeroshot --checkpoint runs/digits --data digits",
-        'fastclip search "a handwritten three" photos --checkpoint runs/digits',
+        'fastclip search "a red car" photos --checkpoint runs/b32',
     )
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -16,8 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "Time a step of the loss, forward and backward, on every backend that runs here. The same step is timed with "
         "the unfused formula, which stores the whole matrix of similarities, and with open_clip's loss if it is "
-        "installed. Values and gradients are checked first. Every round runs each of these once, and the table shows "
-        "the medians of the rounds. On a GPU, peak memory is measured as well.",
+        "installed. Before timing, the values and gradients of each are compared with reference values in float64. "
+        "Every round runs each backend and formula once, and the table shows the medians of the rounds. On a GPU, peak "
+        "memory is measured as well.",
         "fastclip bench",
         "fastclip bench --loss sigmoid --sizes 1024,4096",
         "fastclip bench --device cuda --dtype bfloat16 --output rows.csv",
@@ -34,7 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="pairs per batch, several sizes separated by commas (default: 1024,2048,4096 on a CPU, 8192,32768,65536 "
         "on a GPU)",
     )
-    parser.add_argument("--D", type=int, default=512, dest="dim", metavar="N", help="width of the features")
+    parser.add_argument(
+        "--D", type=int, default=512, dest="dim", metavar="N", help="width of the features (--dim of fastclip parity)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -1,4 +1,4 @@
-"""``fastclip convert``: write a checkpoint in another form."""
+"""``fastclip convert``: write a checkpoint in another format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Read a checkpoint in any known form and write it in another. The weights stay as they are, unless "
-        "--image-size or --context-length interpolates the position embeddings. A target that exists is replaced as a "
-        "whole; the source is never overwritten.",
+        "Read a checkpoint of fastclip, open_clip, OpenAI or Hugging Face, and write it in another format. The weights "
+        "stay as they are, unless --image-size or --context-length interpolates the position embeddings. A target that "
+        "exists is replaced as a whole; the source is never overwritten.",
         "fastclip convert ViT-B-32.pt b32 --to fastclip --model ViT-B-32",
         "fastclip convert runs/b32 b32.safetensors --to open_clip",
-        "fastclip convert runs/b32 b32-hf --to huggingface --image-size 336",
+        "fastclip convert runs/b32 b32-hf --to huggingface --image-size 384",
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint to read: a file, a folder, or the folder of a run")
     parser.add_argument(
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="folder to write, or, for open_clip, a file that ends in .pt or .safetensors",
     )
     parser.add_argument(
-        "--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="form of the written checkpoint"
+        "--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="format of the written checkpoint"
     )
     add_force(parser)
     add_model_options(parser)

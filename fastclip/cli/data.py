@@ -110,7 +110,10 @@ def _check_data(args: argparse.Namespace) -> int:
     width = max(18, 2 + max(len(name) for name, _ in lines))
     say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
-        complain(f"fastclip data: shards, or datasets of a mixture, damaged or impossible to read: {len(problems)}")
+        complain(
+            "fastclip data: parts of the data (shards, or datasets joined by ::) damaged or impossible to read: "
+            f"{len(problems)}"
+        )
         return 1
     if report.bad_share > args.max_bad:
         complain(

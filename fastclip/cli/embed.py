@@ -18,13 +18,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Compute the embeddings of images and captions, and write them with a table of the samples in the layout of "
-        "clip-retrieval: img_emb/, text_emb/ and metadata/. If no image of a folder has a caption, only images are "
-        "embedded. Re-run the same command to resume; the output is byte-identical to that of an uninterrupted run.",
+        "clip-retrieval: img_emb/, text_emb/ and metadata/. If SPEC is a folder of images without captions, only the "
+        "images are embedded. Re-run the same command to resume; the output is byte-identical to that of an "
+        "uninterrupted run.",
         "fastclip embed digits --checkpoint runs/digits --output vectors",
         "fastclip embed 'shards/{0000..0099}.tar' --checkpoint runs/b32 --output vectors --workers 8",
     )
     parser.add_argument("spec", metavar="SPEC", help=DATA)
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder for images, texts and metadata")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="output folder for the embeddings of images and texts, and the metadata",
+    )
     add_force(parser)
     parser.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="data type of the written embeddings"

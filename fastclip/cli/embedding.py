@@ -34,7 +34,10 @@ def add_embedder_options(parser: argparse.ArgumentParser, *, required: bool = Tr
         required: whether ``--checkpoint`` is required. If it is not, the checkpoint, the model and the precision
             default to those of the run on which the command reports.
     """
-    checkpoint = "folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face"
+    checkpoint = (
+        "folder of a run, its model/ or one of its checkpoints/step-..., or a local file or folder in the format of "
+        "OpenAI, open_clip or Hugging Face"
+    )
     parser.add_argument(
         "--checkpoint",
         required=required,

@@ -86,7 +86,7 @@ def sigterm_raises() -> Iterator[None]:
         if since:
             raise Terminated from error
         raise
-    finally:  # after a signal the handler stays, so that an echo of it from the launcher cannot end the process
+    finally:  # after a signal the handler stays, because the launcher may send the same signal again
         signal.signal(signal.SIGTERM, end if since else signal.SIG_DFL)
 
 

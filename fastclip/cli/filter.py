@@ -40,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="COSINE",
         help="smallest similarity, such as 0.95, at which an image is dropped as a near duplicate of an earlier image; "
-        "1 drops only equal images (default: all are kept)",
+        "1 drops only equal images. Without --threshold no image is dropped (default: all are kept)",
     )
     add_samples_per_shard(parser)
     parser.add_argument(

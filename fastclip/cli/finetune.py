@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "    --output runs/food --batch-size 256 --lr 1e-5",
     )
     # tyro reads the options of training, so that argparse does not know them
-    parser.usage = "%(prog)s --checkpoint PATH --data SPEC --output DIR [OPTIONS] [TRAINING OPTIONS]"
+    parser.usage = "%(prog)s [-h] --checkpoint PATH --data SPEC --output DIR [OPTIONS] [TRAINING OPTIONS]"
     add_embedder_options(parser)
     add_labelled_data(parser)
     parser.add_argument(
@@ -48,7 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="factor alpha, from 0 to 1, of the saved model: alpha times the fine-tuned weights plus 1 - alpha times "
         "the zero-shot weights. `sweep` evaluates alpha = 0, 0.1, ..., 1 and saves the model of alpha = 1 (default: 1)",
     )
-    add_templates_option(parser, default="the templates that the dataset brings, otherwise openai")
+    add_templates_option(parser, default="the templates that come with the dataset, otherwise openai")
     add_reference(parser, "--val-data")
     parser.add_argument("-h", "--help", action=OptionsHelp, options_help=_options_help, help=HELP)
     parser.set_defaults(run=_finetune)

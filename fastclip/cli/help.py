@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from fastclip.cli.printing import leave_stdout
@@ -41,7 +43,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def describe(parser: argparse.ArgumentParser, description: str, *examples: str) -> None:
-    """Give `parser` its description, and command lines to show at the end of its help; a long one has several lines."""
+    """Give `parser` its description and, at the end of its help, examples: command lines of one or several lines."""
     parser.formatter_class = HelpFormatter
     parser.description = description
     parser.epilog = _EXAMPLES + "\n".join(examples).replace("\n", "\n  ")
@@ -88,10 +90,7 @@ class OptionsHelp(argparse.Action):
             if not self.alone:
                 parser.print_help()
                 print()
-            self.options_help()
-        except SystemExit as end:  # tyro exits after it has printed its help
-            if end.code:
-                raise
+            self._print_options()
             print(f"\n{examples}")
             sys.stdout.flush()
         except ModuleNotFoundError as error:  # raised while arguments are parsed, where `main` does not see it
@@ -101,3 +100,18 @@ class OptionsHelp(argparse.Action):
         finally:
             parser.epilog = examples
         parser.exit()
+
+    def _print_options(self) -> None:
+        """Print the help of the other options, without its usage line if this parser has shown one for all options."""
+        printed = io.TextIOWrapper(
+            io.BytesIO(), encoding=sys.stdout.encoding, newline="\n"
+        )  # tyro asks for the encoding
+        try:
+            with nullcontext() if self.alone else redirect_stdout(printed):
+                self.options_help()
+        except SystemExit as end:  # tyro exits after it has printed its help
+            if end.code:
+                raise
+        if not self.alone:
+            printed.seek(0)
+            print(printed.read().partition("\n\n")[2], end="")

@@ -73,7 +73,7 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str = "--output") -> None:
-    """Raise ValueError if `output` is one of `inputs`, which are Paths or specs as ``fastclip train --data`` takes."""
+    """Raise ValueError if `output` is one of `inputs`: Paths, or specs in any form that ``--data`` takes."""
     from fastclip.system.owner import output_path
 
     if not (path := output_path(output)).exists():
@@ -84,7 +84,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
 
 
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
-    """Raise ValueError if the folder `output` is one of `data`, or is among the class folders of a dataset."""
+    """Raise ValueError if the folder `output` is one of `data`, or would be read as one more class folder of `data`."""
     from fastclip.data.spec import spec_places
     from fastclip.system.owner import output_path
 
@@ -95,7 +95,8 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
             top = path.relative_to(within).parts[0]
             if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:
                 raise ValueError(
-                    f"{option} {output} is in {place}, where each folder is a class of the data: choose another path"
+                    f"{option} {output} is in {place}, where each folder is a class of the data, so that it would be "
+                    "read as one more class: choose a path outside"
                 )
 
 
@@ -111,7 +112,7 @@ def _class_folders(folder: Path) -> set[str]:
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
-    """Raise ValueError if `file` is an image in a folder of `data`, or has the name of such an image's caption file.
+    """Raise ValueError if `file` is an image in a folder of `data`, or has the name of an image's caption file there.
 
     An image that a command has drawn there before does not belong to the data, and may be replaced.
     """

@@ -13,18 +13,18 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Compute losses and gradients over several processes, exchanged by gather and by ring and with the losses for "
-        "open_clip, on every backend and in every dtype that runs here. Compare them with those of a single process in "
-        "float64, and print each error beside its documented limit. The command starts its own processes, unless "
-        "torchrun has started it. The exit status is 1 if an error exceeds its limit.",
+        "Compute losses and gradients over several processes: with gather, with ring, and through ClipLoss and "
+        "SigLipLoss, which replace open_clip's classes, on every backend and in every dtype that runs here. Compare them with "
+        "those of a single process in float64, and print each relative error beside its promised limit. The command "
+        "starts its own processes, unless torchrun has started it. The exit status is 1 if an error exceeds its limit.",
         "fastclip parity --nproc 4",
-        "fastclip parity --backend triton --device cuda --nproc 1",
+        "fastclip parity --backend triton --device cuda --nproc 2",
         "torchrun --nproc-per-node 4 --no-python fastclip parity",
     )
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes (default: 2; under torchrun as many as it has started)"
     )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per process")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="pairs per process")
     parser.add_argument("--dim", type=int, default=64, metavar="N", help="width of the features")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for the features")
     add_training_option(parser, "backend", default_words="every backend that runs here")

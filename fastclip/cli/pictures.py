@@ -51,20 +51,21 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="images with classes: a folder with one subfolder per class, `digits` (the built-in example dataset: "
-        "scikit-learn's handwritten digits), or `hf:NAME` (a dataset of the Hugging Face Hub) with a column `label`",
+        "scikit-learn's handwritten digits), or `hf:NAME` or `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub that "
+        "has a column `label`)",
     )
 
 
 def add_reference(parser: argparse.ArgumentParser, data: str) -> None:
     """Add ``--reference``, a dataset of `fastclip.evaluation.published.TOP1`.
 
-    Without the option, the name of the folder in the option `data` selects the dataset.
+    Without the option, the folder in the option `data` selects the dataset (`published.top1_dataset`).
     """
     parser.add_argument(
         "--reference",
         metavar="NAME",
-        help=f"{REFERENCE}: {', '.join(_TOP1[:-1])} or {_TOP1[-1]} (default: the dataset of this list that has the "
-        f"name of the {data} folder, if there is one)",
+        help=f"{REFERENCE}: {', '.join(_TOP1[:-1])} or {_TOP1[-1]} (default: the dataset of this list after which the "
+        f"{data} folder is named, or its parent folder if it is a split such as food101/test; otherwise none)",
     )
 
 

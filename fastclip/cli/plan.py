@@ -14,9 +14,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Predict the memory that each process of a training run needs, and the largest value of --micro-batch of "
-        "fastclip train with which it fits. The model is not loaded, and no GPU is used. --optimizer defaults to adamw "
-        "for every model, while fastclip train uses lamb for ALIGN models; both need the same memory. The exit status "
-        "is 1 if the run does not fit.",
+        "fastclip train with which it fits. The options describe that run; no model is loaded or trained, and no GPU "
+        "is used. --optimizer defaults to adamw for every model, while fastclip train uses lamb for ALIGN models; both "
+        "need the same memory. The exit status is 1 if the run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
         "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
     )
@@ -27,14 +27,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=float,
         metavar="GIB",
-        help="memory of each process in GiB; a GPU of 80 GB has about 79 GiB (default: the memory of the first GPU, or "
-        "of this machine with --device cpu)",
+        help="memory of each process in GiB; a GPU sold as 80 GB reports about 79 GiB (default: the memory of the "
+        "first GPU, or of this machine with --device cpu)",
     )
     add_training_option(
         parser,
         "micro_batch",
         type=int,
-        default_words="a value that fits: the largest divisor of the share, or a power of two if that is larger",
+        default_words="the larger of two values that fit: the largest divisor of the process's share, and the largest "
+        "power of two",
     )
     add_training_option(parser, "precision", choices=("fp32", "bf16"), default="fp32")
     add_training_option(parser, "grad_checkpointing", action="store_true")
@@ -84,10 +85,14 @@ def _plan(args: argparse.Namespace) -> int:
     elif largest:
         print(
             f"largest micro-batch in {readable(memory)}: {largest:,} of a process's {plan.pairs:,} pairs; use {even:,}"
+            ", a divisor or a power of two"
         )
     else:
         helps = ", ".join(remedies(plan, grad_checkpointing=args.grad_checkpointing))
         one = readable(replace(plan, micro_batch=1).total)
         print(f"not even one pair at a time fits into {readable(memory)}: it takes {one}. To save memory: {helps}")
-    print(f"on the host: {readable(plan.host)} of images and texts per step and process, and as much for the next step")
+    print(
+        f"on the host, each process needs {readable(plan.host)} for the images and texts of a step, and the same again "
+        "for the next step"
+    )
     return int(not largest or plan.total > memory)

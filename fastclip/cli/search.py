@@ -61,7 +61,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
     form.add_argument("--json", action="store_true", help='print a JSON list of {"path": ..., "score": ...}')
-    form.add_argument("--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
+    form.add_argument(
+        "--print0",
+        action="store_true",
+        help="print paths, each followed by a zero byte instead of a newline, for xargs -0",
+    )
     parser.add_argument("-p", "--preview", action="store_true", help="show the images in the terminal, on stderr")
     parser.add_argument(
         "--sheet",

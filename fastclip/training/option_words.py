@@ -29,6 +29,7 @@ _NAMED = {
     "wandb": "PROJECT",
     "timeout": "SECONDS",
 }
+_NAMES = ("Weights & Biases",)  # proper nouns with which a docstring begins
 T = TypeVar("T")
 
 
@@ -36,7 +37,8 @@ class OptionWords(NamedTuple):
     """Help of one option."""
 
     text: str
-    """One line that begins in lower case and ends without a full stop."""
+    """One line without a full stop at its end, which begins in lower case unless it begins with a proper noun or an
+    abbreviation."""
     default: str
     """``(default: ...)``; empty for a required option."""
     metavar: str | None
@@ -104,9 +106,18 @@ def _words(option: Field[Any], docstring: str, kind: Any) -> OptionWords:
     elif option.default is not MISSING:
         values = option.default if isinstance(option.default, tuple) else (option.default,)
         default = f"(default: {' '.join(map(str, values))})"
-    if text[1:2].islower() or text[1:2] == " ":  # an abbreviation keeps its capitals
-        text = text[0].lower() + text[1:]
-    return OptionWords(text, default, _metavar(option.name, kind))
+    return OptionWords(_lowered(text), default, _metavar(option.name, kind))
+
+
+def _lowered(text: str) -> str:
+    """Return `text` with its first letter in lower case, unless it begins with a proper noun or an abbreviation.
+
+    Words with another capital, such as TensorBoard and YAML, are recognised; other proper nouns are listed in `_NAMES`.
+    """
+    first = text.partition(" ")[0]
+    if text.startswith(_NAMES) or any(map(str.isupper, first[1:])):
+        return text
+    return text[:1].lower() + text[1:]
 
 
 def _metavar(name: str, kind: Any) -> str | None:

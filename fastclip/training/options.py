@@ -29,19 +29,21 @@ class TrainOptions:
     data: str
     """Training data: `digits` (the built-in example dataset: scikit-learn's handwritten digits), a .csv or .tsv file
     with columns filepath and title, splits of Karpathy's file for COCO or Flickr30K such as
-    `dataset_coco.json:train+restval`, a folder of images with captions or with one subfolder per class, tar shards such
-    as `shards/{0000..0099}.tar` or their URL, `hf:NAME` or `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub), or
-    several of these joined by `::`, with weights as in `2*A::0.5*B`."""
+    `dataset_coco.json:train+restval` (images beside the file or in images/ beside it), a folder of images with captions
+    or with one subfolder per class, tar shards such as `shards/{0000..0099}.tar` or their URL, `hf:NAME` or
+    `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub), or several of these joined by `::`, with weights as in
+    `2*A::0.5*B`."""
     model: str
-    """Name of a model, as `fastclip models` lists them, or path of a configuration file that ends in .json."""
+    """Name of a model, as `fastclip models` lists them, or path of a configuration file that ends in .json. The
+    vocabulary of a BERT text tower is looked for beside the configuration file and in Hugging Face's cache."""
     output: str
     """Folder of the run: metrics.jsonl, TensorBoard events, config.yaml, checkpoints/ and, at the end, model/."""
     val_data: str | None = None
     """Validation data, in any form that --data takes; `digits` means the fifth of the digits that --data digits leaves
     out (default: no validation)."""
     pretrained: str | None = None
-    """Checkpoint to start from: folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face
-    (default: random weights)."""
+    """Checkpoint to start from: folder of a run, its model/, or a local file or folder in the format of OpenAI,
+    open_clip or Hugging Face (default: random weights)."""
     image_size: int | None = None
     """Side of the input images in pixels; position embeddings that are loaded from a checkpoint of another size are
     interpolated (default: the model's)."""
@@ -55,14 +57,15 @@ class TrainOptions:
     and `siglip` is the pairwise sigmoid loss (default: unicl for Florence models, align for ALIGN models, clip for all
     other listed models)."""
     label_smoothing: float | None = None
-    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses,
-    unless the model's configuration file gives another value for its own loss)."""
+    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses;
+    a configuration file given as --model may set another value for the loss that its train_cfg names)."""
     image_weight: float | None = None
     """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
     losses)."""
     comm: Literal["gather", "ring"] = "gather"
     """Exchange of features between processes for the loss: with gather, every process holds the text features of the
-    whole batch; with ring, it holds a few processes' share at a time, which needs less memory."""
+    whole batch; with ring, it holds the text features of two processes at a time, one in use and one in transfer, which
+    needs less memory."""
     backend: str | None = None
     """Backend of the loss, a name that `fastclip doctor` lists (default: the best one available)."""
 
@@ -75,10 +78,10 @@ class TrainOptions:
     epochs: int = 32
     """Passes over the data."""
     max_bad: float = 0.01
-    """Largest share of unusable samples that is tolerated, from 0 to 1. Other samples replace them; above this share
-    the run stops."""
+    """Largest share of unusable samples that is tolerated, from 0 to 1. Unusable samples are replaced by others;
+    above this share the run stops."""
     max_pixels: int | None = None
-    """Largest width times height of an image, in pixels; larger images count as unusable (default: 89478485)."""
+    """Largest number of pixels of an image (width times height); larger images are unusable (default: 89478485)."""
     max_steps: int | None = None
     """Length of the schedule in steps, in place of --epochs (default: --epochs passes over the data)."""
     stop_after: int | None = None
@@ -100,8 +103,8 @@ class TrainOptions:
     eps: float = 1e-6
     """Constant added to the denominator of the optimiser's update."""
     max_grad_norm: float | None = 1.0
-    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0, and the value None
-    disables clipping)."""
+    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0; None disables
+    clipping)."""
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.9999. If it is given, the average is validated and saved as
     model/ in place of the weights (default: no average)."""
@@ -130,21 +133,21 @@ class TrainOptions:
     seed: int = 0
     """Random seed for the weights, the order of the data, augmentation and dropout."""
     workers: int = 2
-    """Processes that load data, for each training process."""
+    """Processes that read images, for each training process."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: only the last step)."""
     keep: int | None = 3
-    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3, and the
-    value None keeps all)."""
+    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3; None
+    keeps all)."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in memory, while training continues."""
     val_every: int | None = None
     """Steps between two validations on --val-data; the last step always has one (default: only the last step)."""
     timeout: float = 600.0
-    """Seconds that a process waits for the others. If they take longer, one of them is lost or hangs, and the run
-    ends."""
+    """Seconds that a process waits for the others. If they take longer, the run ends, because one of them must be
+    lost or hanging."""
     wandb: str | None = None
     """Weights & Biases project to which the metrics are also sent (default: no project)."""
     resume: str | None = None
@@ -201,7 +204,7 @@ class FinetuneOptions:
     max_grad_norm: float = 1.0
     """Largest norm of the gradients; larger gradients are scaled down to it."""
     freeze_image: bool = False
-    """Freeze the image tower and train only the head."""
+    """Freeze the image tower and train only the head (--lock-image of fastclip train)."""
     grad_checkpointing: bool = False
     """Keep only the inputs of each transformer block and recompute the rest, which saves memory at the cost of about a
     third more time."""
@@ -216,8 +219,8 @@ class FinetuneOptions:
     keep: int = 2
     """Number of newest checkpoints that are kept; older ones are removed when another is written."""
     max_bad: float = 0.01
-    """Largest share of unusable samples that is tolerated, from 0 to 1. Other samples replace them; above this share
-    the run stops."""
+    """Largest share of unusable samples that is tolerated, from 0 to 1. Unusable samples are replaced by others;
+    above this share the run stops."""
     stop_after: int | None = None
     """Number of steps after which this command ends early, counted from where it starts or resumes; it leaves a
     checkpoint to resume from (default: the end of the schedule)."""
@@ -256,8 +259,8 @@ def flag(name: str) -> str:
 
 
 _CONFIG = OptionWords(
-    "YAML file with options, such as the config.yaml of another run; options on the command line take precedence, and "
-    "the option may be repeated",
+    "YAML file with options, such as the config.yaml of another run; --config may be repeated, a later file takes "
+    "precedence over an earlier one, and the command line over all files",
     "(default: no file)",
     "FILE",
 )
@@ -289,7 +292,8 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
         TrainOptions,
         prog="fastclip train",
         description="Train an image-text model, in one process or as one of the processes that torchrun starts. "
-        "The models for which defaults are given are those that `fastclip models` lists.",
+        "Defaults that depend on the model are given for the models that `fastclip models` lists; the train_cfg of a "
+        "configuration file given as --model may set others.",
         args=[*from_files, *given],
         also={"config": _CONFIG},
     )

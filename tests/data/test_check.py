@@ -416,7 +416,9 @@ def test_check_reads_the_shards_beside_dead_ones(
         "4.tar: cut off or damaged after 1 sample, which is used: unexpected end of data",
     ]
     assert "ignored           3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
-    assert "fastclip data: shards, or datasets of a mixture, damaged or impossible to read: 5" in said
+    assert (
+        "fastclip data: parts of the data (shards, or datasets joined by ::) damaged or impossible to read: 5" in said
+    )
     assert cli.main([*whole, "{0,3,5}.tar"]) == 0
     assert "damaged" not in capsys.readouterr().out
 

@@ -24,6 +24,7 @@ from fastclip.training.options import FinetuneOptions, TrainOptions, flag, parse
 READ_BY_TYRO = {"train": (TrainOptions, parse_options), "finetune": (FinetuneOptions, parse_finetune)}
 # Names that keep their capitals at the beginning of a line
 NAMES = {"CSV", "HTML", "JPEG", "JSON", "PNG"}
+PROPER_NOUNS = ("Weights & Biases ",)
 NO_BEGINNING = {
     *(
         "a",
@@ -133,17 +134,44 @@ def test_all_commands_are_seen() -> None:
 
 
 def test_lines_are_plain() -> None:
-    """Each begins with a noun or a verb, in lower case, and ends without a full stop."""
+    """Each begins with a noun or a verb, in lower case unless it is a proper noun, and ends without a full stop."""
     wrong = []
     for line in LINES:
         first = re.split(r"[\s.,:;]", line.text)[0]
-        if not (first in NAMES or re.fullmatch("[a-z][a-z-]*", first)) or first in NO_BEGINNING:
+        named = first in NAMES or line.text.startswith(PROPER_NOUNS)
+        if not (named or re.fullmatch("[a-z][a-z-]*", first)) or first in NO_BEGINNING:
             wrong.append(f"{line} begins with {first!r}")
         if not line.text.isprintable() or re.search(r"  |default|\.$|\(required\)", line.text):
             wrong.append(f"{line}: {line.text}")
         if not line.is_flag and line.name != "summary" and (line.metavar is None or "None" in line.metavar):
             wrong.append(f"{line} shows the value as {line.metavar}")
     assert wrong == []
+
+
+@dataclasses.dataclass
+class Worded:
+    project: str
+    """Weights & Biases project."""
+    weights: str
+    """Weights of the model."""
+    events: str
+    """TensorBoard events."""
+    config: str
+    """YAML file with options."""
+    decay: str
+    """A number."""
+
+
+def test_proper_nouns_and_abbreviations_keep_their_capitals() -> None:
+    texts = [words.text for words in option_words(Worded).values()]
+    assert texts == [
+        "Weights & Biases project",
+        "weights of the model",
+        "TensorBoard events",
+        "YAML file with options",
+        "a number",
+    ]
+    assert option_words(TrainOptions)["wandb"].text.startswith("Weights & Biases project")
 
 
 def test_lines_state_their_defaults() -> None:

@@ -18,7 +18,8 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Retrieve images by queries that add and subtract images and texts, as in the paper of ALIGN.",
+        "Retrieve images by queries that add and subtract images and texts, as in the paper of ALIGN. A query on the "
+        'built-in digits is, for example, digits/NNNN + "a handwritten two" with the number of a held-out image.',
         "fastclip eval compose --checkpoint runs/b32 --data photos.csv --queries queries.txt --sheet sheet.png",
         "fastclip eval compose --checkpoint runs/digits --data digits --queries queries.txt --top 3",
     )
@@ -27,8 +28,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--queries",
         required=True,
         metavar="FILE",
-        help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain, in which a number and a '
-        'colon give the weight of a term; "=> target.jpg" at the end of a line names the image that should be found',
+        help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain. A term is the name of an '
+        "image of --data, the path of another image, or a text; words in quotes are always a text, and a number and a "
+        'colon give the weight of a term. "=> target.jpg" at the end of a line names the image that should be found',
     )
     add_top(parser)
     parser.add_argument(

@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--metric",
         choices=("acc1", "mean_per_class_recall"),
         help="metric by which the penalty is chosen, and which is shown beside --reference (default: the metric of the "
-        "published numbers, otherwise acc1)",
+        "published results, or acc1 if there are none)",
     )
     add_reference(parser, "--test-data")
     parser.add_argument(

@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         choices=("flickr30k", "coco"),
-        help=f"{REFERENCE} (default: the dataset of --data, if --data is the test split of Flickr30k or COCO)",
+        help=f"{REFERENCE} (default: the dataset of --data, if --data is the test split of Flickr30K or COCO)",
     )
     parser.add_argument(
         "--details",
@@ -71,8 +71,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     say(f"{counted(images, 'image')}, {counted(captions, 'caption')}, {skipped} cannot be used")
     if retrieval.repeated and not args.unique_captions:
         say(
-            f"captions that also belong to other images: {retrieval.repeated:,}; these images count as wrong answers; "
-            "with --unique-captions they count as right answers"
+            f"captions that also belong to other images: {retrieval.repeated:,}; for such a caption, only the image of "
+            "its pair is a right answer; with --unique-captions, all of its images are"
         )
     if args.details:
         write_lines(args.details, retrieval.details())

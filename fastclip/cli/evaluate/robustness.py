@@ -27,9 +27,9 @@ _OPTIONS = {  # keys are the names of the datasets in fastclip.evaluation.robust
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Measure zero-shot top-1 accuracy on ImageNet and its variants, and print it beside published results. Each "
-        "set is a folder with one subfolder per class, named by WordNet id, or by class number for ImageNet-V2. "
-        "ImageNet-R and ImageNet-A are classified among their own 200 classes.",
+        "Measure zero-shot top-1 accuracy on ImageNet and its variants, and print it beside published results. Give at "
+        "least one of the five folders. Each has one subfolder per class, named by WordNet id, or by class number for "
+        "ImageNet-V2. ImageNet-R and ImageNet-A are classified among their own 200 classes.",
         "fastclip eval robustness --checkpoint runs/b32 --imagenet imagenet/val --imagenet-r imagenet-r",
         "fastclip eval robustness --checkpoint ViT-B-32.pt --model ViT-B-32 --imagenet imagenet/val \\\n"
         "    --imagenet-v2 imagenetv2 --plot robustness.png --output robustness.json",

@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "imagenet, imagenet-a or imagenet-r stands for the built-in names of the classes of that dataset (default: the "
         "names of the folders, or CLIP's names for folders that are named by WordNet ids)",
     )
-    add_templates_option(parser, default="the templates that the dataset brings, otherwise openai")
+    add_templates_option(parser, default="the templates that come with the dataset, otherwise openai")
     parser.add_argument(
         "--details",
         metavar="FILE",
@@ -47,8 +47,8 @@ def add_templates_option(parser: argparse.ArgumentParser, *, default: str) -> No
     parser.add_argument(
         "--templates",
         metavar="FILE",
-        help="text file with one caption per line, in which {} stands for the class name. In place of a file, openai "
-        f"stands for the 80 captions of CLIP, and simple for 7 of these (default: {default})",
+        help="text file with one caption template per line, in which {} stands for the class name. In place of a file, "
+        f"openai stands for the 80 templates of CLIP, and simple for 7 of these (default: {default})",
     )
 
 
