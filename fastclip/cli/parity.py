@@ -14,9 +14,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Compute losses and gradients over several processes: with gather, with ring, and through ClipLoss and "
-        "SigLipLoss, which replace open_clip's classes, on every backend and in every dtype that runs here. Compare them with "
-        "those of a single process in float64, and print each relative error beside its promised limit. The command "
-        "starts its own processes, unless torchrun has started it. The exit status is 1 if an error exceeds its limit.",
+        "SigLipLoss, which replace open_clip's classes, on every backend and in every dtype that runs here. Compare "
+        "them with those of a single process in float64, and print each relative error beside its promised limit. The "
+        "command starts its own processes, unless torchrun has started it. The exit status is 1 if an error exceeds "
+        "its limit.",
         "fastclip parity --nproc 4",
         "fastclip parity --backend triton --device cuda --nproc 2",
         "torchrun --nproc-per-node 4 --no-python fastclip parity",

@@ -98,7 +98,7 @@ def linear_probe(
             be resumed. Clear them once the result is written. With None, nothing is stored.
 
     Raises:
-        ValueError: A source has no classes, the sources differ in classes, the training images have fewer than two
+        ValueError: A source has no classes, the classes of the sources differ, the training images have fewer than two
             classes, a class is too small to be split, features are not finite, or the seed is out of range.
         OSError: A file of a source cannot be read.
     """
@@ -229,7 +229,9 @@ def _split(source: Source, x: Any, y: Any, seed: int) -> tuple[Any, Any, Any, An
         x, x_val, y, y_val = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
         return x, x_val, y, y_val
     except ValueError as error:
-        raise ValueError(f"{source.spec} cannot be split for validation, pass a validation split: {error}") from error
+        raise ValueError(
+            f"{source.spec} cannot be split for validation ({error}): give a validation split (--val-data)"
+        ) from error
 
 
 def _inputs(
@@ -257,7 +259,10 @@ def _check_sources(sources: Sequence[Source]) -> None:
         if not source.class_names:
             raise ValueError(f"{source.spec} has no classes")
         if other := sorted(set(source.class_names) ^ set(train.class_names)):
-            raise ValueError(f"{train.spec} and {source.spec} differ in classes: {', '.join(other[:5])}")
+            raise ValueError(
+                f"{train.spec} and {source.spec} must have the same classes, but only one of them has "
+                f"{', '.join(other[:5])}"
+            )
         if source.class_names != train.class_names:
             raise ValueError(f"{train.spec} and {source.spec} have the same classes in another order")
     tested = set(picture_places(test))

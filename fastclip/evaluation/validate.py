@@ -52,7 +52,7 @@ def validate(
     sample with several captions.
 
     The model runs in eval mode and without gradients. Afterwards, the mode of every module and torch's random state are
-    restored. To use autocast, call the function inside of it.
+    restored. To use autocast, call the function in an autocast context.
 
     Args:
         model: A `DualEncoder`, or a wrapper with ``encode_image`` (images (B, 3, H, W) -> features (B, D)),
@@ -70,8 +70,8 @@ def validate(
         Metrics by name, each from 0 to 1, with the same values on every rank.
 
     Raises:
-        ValueError: The source is empty or damaged, an option is not positive, or an unusable sample and 99 random
-            others, which are tried as its replacement in the batch, are all unusable.
+        ValueError: The source is empty or damaged, an option is not positive, or a sample is unusable and so are
+            all 99 random samples that are tried in its place.
         OSError: A file of the source cannot be read.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):

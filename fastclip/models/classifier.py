@@ -98,8 +98,8 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
     for name, wanted in (("weight", (len(names), model.config.embed_dim)), ("bias", (len(names),))):
         if (shape := tuple(head[name].shape)) != wanted or not head[name].is_floating_point():
             raise ValueError(
-                f"{folder / HEAD}: the head's {name} is {shape}, {head[name].dtype}, but its classes and the model's "
-                f"features require {wanted} in floating point"
+                f"{folder / HEAD}: the head's {name} has the shape {shape} and the dtype {head[name].dtype}, but to "
+                f"fit its classes and the model's features it must have the shape {wanted} and a floating-point dtype"
             )
     classifier = ImageClassifier(model.visual, head["weight"], names)
     classifier.head.load_state_dict(head)

@@ -271,7 +271,12 @@ def config_path(name: str | Path) -> Path:
 
 @cache  # logs each spelling once
 def _warn_of_spelling(name: str, plain: str, has_quickgelu: bool) -> None:
-    activation = f", whose activation is GELU; OpenAI's weights need {plain}-quickgelu" if has_quickgelu else ""
+    activation = ""
+    if has_quickgelu:
+        activation = (
+            ", whose activation is GELU; an OpenAI checkpoint selects QuickGELU by itself, but other weights "
+            f"trained with QuickGELU need {plain}-quickgelu"
+        )
     logger.warning("model %r is interpreted as %s%s", name, plain, activation)
 
 

@@ -102,8 +102,8 @@ class Embedder:
     def identity(self) -> str:
         """Digest of weights, configuration (including the transform's options), tokenizer and precision.
 
-        Vectors may be compared only if the identities of their embedders, 32 hexadecimal digits, are equal. Computing
-        the digest reads all weights once.
+        It has 32 hexadecimal digits. Vectors may be compared only if the identities of their embedders are equal.
+        Computing the digest reads all weights once.
         """
         assert self.model.config is not None
         config = replace(self.model.config, folder=None)  # copies of a model in different folders are the same model

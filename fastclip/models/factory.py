@@ -93,7 +93,9 @@ def tokenizer_of(
     elif vocabulary is None:
         tokenizer = ClipTokenizer(context_length=length)
     else:
-        raise ValueError(f"{name} uses CLIP's tokenizer, whose vocabulary is fixed: leave out the argument vocabulary=")
+        raise ValueError(
+            f"{name} uses CLIP's tokenizer, whose vocabulary is fixed: leave out --vocabulary (in Python, vocabulary=)"
+        )
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, but {name} has only {text.vocab_size}")
     return tokenizer

@@ -72,7 +72,7 @@ def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfi
         name, pretrained = None, name
     if pretrained is None:
         if name is None:
-            raise ValueError("create_model needs a name or pretrained=")
+            raise ValueError("create_model needs the name of a model or pretrained=, the path of a checkpoint")
         return load_config(name), None
     named = None if name is None else load_config(name)
     checkpoint = read_checkpoint(pretrained)
@@ -81,7 +81,10 @@ def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfi
     elif checkpoint.config is not None:
         config = checkpoint.config
     else:
-        raise ValueError(f"{pretrained} contains no configuration: name the model, as in create_model('ViT-B-32', ...)")
+        raise ValueError(
+            f"{pretrained} contains no configuration: name the model, with --model ViT-B-32 on the command line or "
+            "as in create_model('ViT-B-32', ...)"
+        )
     try:
         config = _with_sizes_of(config, checkpoint, name)
     except ValueError as error:  # the checkpoint's format does not support these towers
@@ -115,7 +118,8 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
         said, true = (getattr(getattr(c, tower), option, None) for c in (config, theirs))
         if said != true and None not in (said, true):
             raise ValueError(
-                f"{pretrained} has {option} {true} in its {tower}, but {name} has {said}: leave the name out"
+                f"{pretrained} has {option} {true} in its {tower}, but {name} has {said}: "
+                "leave out the name of the model (--model)"
             )
     image, their_image = config.vision_cfg, theirs.vision_cfg
     if isinstance(image, EfficientNetConfig) and isinstance(their_image, EfficientNetConfig):
@@ -146,9 +150,9 @@ def _text_positions(config: ModelConfig) -> str:
 def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None) -> ModelConfig:
     """Return the configuration with the image size and context length of a checkpoint's position embeddings.
 
-    With other sizes, position embeddings would be interpolated silently, and interpolated embeddings have not been
-    trained. All other sizes must match the configuration (checked by `load_weights`), except for the number of heads,
-    which leaves no trace in the weights.
+    With other sizes, position embeddings would be interpolated although the caller has not asked for other sizes, and
+    interpolated embeddings have not been trained. All other sizes must match the configuration (checked by
+    `load_weights`), except for the number of heads, which leaves no trace in the weights.
     """
     sizes: dict[str, int] = {}
     image, text = config.vision_cfg, config.text_cfg
@@ -175,7 +179,7 @@ def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None
 
 
 def _rows(config: ModelConfig, checkpoint: Checkpoint, name: str) -> int | None:
-    """Return the rows of a position embedding, or None if the checkpoint has none, which `load_weights` reports."""
+    """Return the number of rows of a position embedding, or None if it is missing, which `load_weights` refuses."""
     tensor = checkpoint.tensors.get(map_names([name], config, checkpoint.form)[0].theirs[0])
     return tensor.shape[-2] if tensor is not None and tensor.dim() >= 2 and tensor.shape[-2] > 1 else None
 
@@ -269,7 +273,7 @@ def _check_numbers(m: Mapped, tensor: Tensor, wanted: torch.dtype, path: Path) -
     names = ", ".join(m.theirs)
     if tensor.is_complex() or (wanted.is_floating_point and tensor.dtype not in _FLOATS):
         raise ValueError(
-            f"{path}: {names} is {tensor.dtype}, but weights must be one of {', '.join(map(str, _FLOATS))}"
+            f"{path}: {names} is {tensor.dtype}, but weights must have one of the dtypes {', '.join(map(str, _FLOATS))}"
         )
     if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
         raise ValueError(f"{path}: {names} contains NaN or infinity; the training may have diverged")

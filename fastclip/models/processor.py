@@ -164,7 +164,7 @@ def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) ->
 def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
     """Return the size in pixels that images are resized to, the resize mode, and the side of the square output."""
     if not _flag(values, "do_resize", where):
-        raise ValueError(f"{where}: do_resize must be true, as images of any size are resized")
+        raise ValueError(f"{where}: do_resize must be true, because fastclip always resizes images")
     size = _edges(values["size"], values.get("default_to_square", True), "size", where)
     mode = "shortest" if size.keys() == {"shortest_edge"} else "squash"
     side = next(iter(size.values()), 0)

@@ -136,7 +136,7 @@ def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], l
 
 
 def _thinned(series: Series) -> _Points:
-    """Return the points of a metric. If it has more than `_MOST` values, each point summarises equally many of them."""
+    """Return the points of a metric; above `_MOST` values, each point summarises (almost) the same number of values."""
     steps, values = series
     values = np.where(np.isfinite(values), values, np.nan)
     if len(steps) <= _MOST:

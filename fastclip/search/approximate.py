@@ -116,6 +116,6 @@ class Approximate:
     def _write(self, last: int) -> None:
         with new_file(self._file) as half:
             self._graph.save(str(half))
-            self._about.unlink(missing_ok=True)  # so that a crash leaves no description of another graph
+            self._about.unlink(missing_ok=True)  # after a crash, no old description may be beside a new graph
         about = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4), "index": self._contents(last)}
         write_json(self._about, about, indent=None)

@@ -276,7 +276,7 @@ def _embedded(embedder: Callable[[], Embedder], rows: list[_Read]) -> list[Seen]
             seen.append(row.seen)
         elif np.isfinite(vector := next(vectors)).all():
             seen.append(row.seen._replace(vector=vector))
-        else:  # it would come first in every search
+        else:  # a vector that is not finite would come first in every search
             seen.append(row.seen._replace(fault="the model returns values for it that are not finite"))
     return seen
 

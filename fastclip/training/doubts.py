@@ -1,7 +1,7 @@
 """Warnings about a run before it starts or resumes, one log line each.
 
-They concern settings with which the run learns nothing, settings with which it learns something that was not intended,
-and changes since the checkpoint from which the run resumes.
+They concern settings with which the run learns nothing or not what was intended, and changes since the checkpoint from
+which the run resumes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
         if name not in _MAY_CHANGE and then != now:
             yield f"{flag(name)} was {then} and is now {now}"
     if (samples := before["samples"]) != len(source):
-        yield f"the dataset had {samples} samples and now has {len(source)}, in another order"
+        yield f"the dataset had {samples} samples and now has {len(source)}, so the order of the samples differs"
     elif before.get("fingerprint", fingerprint) != fingerprint:  # checkpoints of older versions lack it
         yield "the dataset has other names, another order or other captions: steps draw other samples than before"
 
@@ -44,7 +44,7 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
 def doubts(
     options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
 ) -> Iterator[str]:
-    """Yield a warning for each setting with which a run learns nothing or something that was not intended.
+    """Yield a warning for each setting with which a run learns nothing, or not what was intended.
 
     Args:
         options: options in which the model's defaults and the length of the schedule are filled in.
@@ -65,10 +65,16 @@ def doubts(
     yield from doubts_of_schedule(warmup=warmup, steps=steps, lr=lr)
     assert options.weight_decay is not None
     if (away := lr * options.weight_decay) >= 0.1:
-        yield f"--lr {lr:g} times --weight-decay {options.weight_decay:g}: each step shrinks the matrices by {away:.0%}"
+        yield (
+            f"--lr {lr:g} times --weight-decay {options.weight_decay:g} is so large that each step shrinks the "
+            f"matrices by {away:.0%}: lower one of them"
+        )
     share, micro = options.largest_share(ranks), options.micro_batch
     if micro is not None and options.is_cached(ranks) and (rest := share % micro):
-        yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has {rest}"
+        yield (
+            f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has only "
+            f"{rest}, which wastes time; choose a divisor"
+        )
     if options.label_smoothing == 1:
         yield "--label-smoothing 1: every text is equally correct, so nothing is learned"
     if options.pretrained is None and not resumed:

@@ -126,10 +126,10 @@ class _Run:
         }
 
         def older(before: dict[str, Any]) -> dict[str, Any]:
-            """Return the record `before` of an older version in today's form.
+            """Return the record `before`, which an older version wrote, in the current form.
 
-            Such a record lacks the order, has a relative path, and lists options that may now differ from one
-            command to the next.
+            Old records lack the order and the captions of the samples, may contain a relative path of the data, and
+            contain options that no longer have to be the same when the command is repeated.
             """
             known = {"order and captions": asked["order and captions"], **older_limit(before)}
             if "data" in known:

@@ -57,8 +57,8 @@ class TrainOptions:
     and `siglip` is the pairwise sigmoid loss (default: unicl for Florence models, align for ALIGN models, clip for all
     other listed models)."""
     label_smoothing: float | None = None
-    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses;
-    a configuration file given as --model may set another value for the loss that its train_cfg names)."""
+    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses,
+    or the value that the train_cfg of a configuration file given as --model sets for the loss that it names)."""
     image_weight: float | None = None
     """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
     losses)."""
@@ -103,7 +103,7 @@ class TrainOptions:
     eps: float = 1e-6
     """Constant added to the denominator of the optimiser's update."""
     max_grad_norm: float | None = 1.0
-    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0; None disables
+    """Largest norm of the gradients. Larger gradients are scaled down to it (default: 1.0; None disables
     clipping)."""
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.9999. If it is given, the average is validated and saved as
@@ -139,7 +139,7 @@ class TrainOptions:
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: only the last step)."""
     keep: int | None = 3
-    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3; None
+    """Number of newest checkpoints that are kept. Older ones are removed when another is written (default: 3; None
     keeps all)."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in memory, while training continues."""
@@ -202,7 +202,7 @@ class FinetuneOptions:
     """Steps in which the learning rate rises from 0 to --lr, before it falls to 0 along a cosine (default: 500, or a
     tenth of the steps if that is less)."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradients; larger gradients are scaled down to it."""
+    """Largest norm of the gradients. Larger gradients are scaled down to it."""
     freeze_image: bool = False
     """Freeze the image tower and train only the head (--lock-image of fastclip train)."""
     grad_checkpointing: bool = False
@@ -217,7 +217,7 @@ class FinetuneOptions:
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: the steps of one epoch)."""
     keep: int = 2
-    """Number of newest checkpoints that are kept; older ones are removed when another is written."""
+    """Number of newest checkpoints that are kept. Older ones are removed when another is written."""
     max_bad: float = 0.01
     """Largest share of unusable samples that is tolerated, from 0 to 1. Unusable samples are replaced by others;
     above this share the run stops."""

@@ -109,7 +109,7 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
 
 
 def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Any:
-    """Return a store with a prefix that no earlier start of the run has used, in the store of torchrun's agent.
+    """Return the store of torchrun's agent, under a prefix that no earlier start of the run has used.
 
     torchrun keeps one store across restarts, and it still holds the addresses of dead processes (torch 2.14;
     github.com/pytorch/pytorch/issues/135712). The number of restarts cannot serve as a prefix, because it differs

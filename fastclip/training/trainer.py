@@ -180,9 +180,9 @@ class _Trainer:
         # Every micro-batch gathers the parameters, and all ranks must take part in each of these collectives
         if options.parallel == "fsdp" and len(counts) > 1:
             raise ValueError(
-                f"--parallel fsdp needs the same number of micro-batches on every process: --batch-size {B} over "
-                f"{ranks} processes in micro-batches of {K} gives {' or '.join(map(str, sorted(counts)))} "
-                f"micro-batches: choose a --batch-size that is a multiple of {ranks}"
+                "--parallel fsdp needs the same number of micro-batches on every process. With --batch-size "
+                f"{B}, the {ranks} processes have {' or '.join(map(str, sorted(counts)))} micro-batches of {K}. Choose "
+                f"a --batch-size that is a multiple of {ranks}"
             )
         file = self.folder / "metrics.jsonl"
         if options.resume is None and file.is_file() and file.stat().st_size:  # empty if no step was made

@@ -255,12 +255,12 @@ def test_data_that_do_not_fit_are_refused(
     plain.class_names, other.class_names = (), ("zero", "one")
     with pytest.raises(ValueError, match="has no classes"):
         linear_probe(embedder, train, plain)
-    with pytest.raises(ValueError, match="differ in classes: eight, five"):
+    with pytest.raises(ValueError, match="must have the same classes, but only one of them has eight, five"):
         linear_probe(embedder, train, other)
     other.class_names = train.class_names[::-1]
     with pytest.raises(ValueError, match="in another order"):
         linear_probe(embedder, train, other)
-    with pytest.raises(ValueError, match="cannot be split for validation, pass a validation split"):
+    with pytest.raises(ValueError, match=r"cannot be split for validation \(.*\): give a validation split"):
         linear_probe(embedder, Subset(train, range(12)), digits["test"])
     with caplog.at_level(logging.WARNING):
         linear_probe(embedder, train, Subset(train, range(40, 60)), val=digits["val"])

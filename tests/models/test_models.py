@@ -326,7 +326,7 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
         fastclip.create_model("ViT-B-23")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         fastclip.create_model("nowhere.json")
-    with pytest.raises(ValueError, match="needs a name or pretrained="):
+    with pytest.raises(ValueError, match="needs the name of a model or pretrained="):
         fastclip.create_model()
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json is not JSON"):
@@ -337,10 +337,7 @@ def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None
     _warn_of_spelling.cache_clear()
     for _ in range(2):
         assert config_path("ViT-B/32").stem == "ViT-B-32"
-    assert (
-        caplog.text.count("model 'ViT-B/32' is interpreted as ViT-B-32, whose activation is GELU; OpenAI's weights")
-        == 1
-    )
+    assert caplog.text.count("model 'ViT-B/32' is interpreted as ViT-B-32, whose activation is GELU; an OpenAI") == 1
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,15 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
         ),
         ({"warmup": 2}, "--warmup 2 of 2 steps: the learning rate rises until the last step (0.0005) and never decays"),
         ({"warmup": 1}, None),
-        ({"micro_batch": 7}, "--micro-batch 7 does not divide the 16 pairs of a process: the last micro-batch has 2"),
+        (
+            {"micro_batch": 7},
+            "--micro-batch 7 does not divide the 16 pairs of a process: the last micro-batch has only 2, which wastes",
+        ),
         ({"micro_batch": 32}, None),
-        ({"weight_decay": 400.0}, "--lr 0.0005 times --weight-decay 400: each step shrinks the matrices by 20%"),
+        (
+            {"weight_decay": 400.0},
+            "--lr 0.0005 times --weight-decay 400 is so large that each step shrinks the matrices by 20%: lower one",
+        ),
         ({"label_smoothing": 1.0}, "--label-smoothing 1: every text is equally correct, so nothing is learned"),
         ({"lock_text": True}, "--lock-text without --pretrained: the text tower keeps its random initial weights"),
         (

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,14 @@ def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: 
     run = train(options(data, tmp_path / "run"))
     found = counts(run.folder)
     assert found == sorted(found) and found[3] == 4 and found[7] == 8
-    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped, ")]
-    assert sorted(line.split(":")[0] for line in shown) == [
-        "skipped, empty caption",
-        "skipped, no caption",
-        "skipped, not an image",
+    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped ")]
+    assert sorted(re.sub(r" sample .* (\(.*\)): .*", r" \1", line) for line in shown) == [
+        "skipped (empty caption)",
+        "skipped (no caption)",
+        "skipped (not an image)",
     ]
-    assert f"{data}/021.png: it has no caption: 021.txt or 021.json must be in the same folder" in caplog.text
+    missing = "it has no caption: 021.txt or 021.json must be in the same folder"
+    assert f"{data}/021.png (no caption): {missing}" in caplog.text
     assert "8 of 48 samples drawn (16.67%) cannot be used: 4 not an image (" in caplog.text
     assert train(options(data, tmp_path / "again", workers=2)).losses == run.losses
 
@@ -116,7 +118,7 @@ def test_resumed_run_goes_on_counting(tmp_path: Path, caplog: pytest.LogCaptureF
     rest = train(options(data, tmp_path / "run", resume="auto"))
     assert begun.losses + rest.losses == whole.losses
     assert counts(tmp_path / "run") == counts(tmp_path / "whole")
-    assert "8 of 48 samples drawn" in caplog.text and "skipped, " not in caplog.text
+    assert "8 of 48 samples drawn" in caplog.text and "skipped " not in caplog.text
 
 
 def test_run_stops_when_too_many_samples_are_bad(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: 
     train(options(data, tmp_path / "run", stop_after=1))
     write_folder(data, 14)
     train(options(data, tmp_path / "run", resume="auto", stop_after=1))
-    assert "the dataset had 12 samples and now has 14, in another order" in caplog.text
+    assert "the dataset had 12 samples and now has 14, so the order of the samples differs" in caplog.text
 
 
 def test_as_many_data_in_another_order_are_told(

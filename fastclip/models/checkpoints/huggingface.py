@@ -66,7 +66,10 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
     """
     where = folder / "config.json"
     if kind not in ("clip", "align"):
-        raise ValueError(f"{where}: model_type must be 'fastclip', 'clip' or 'align', got {kind!r}")
+        raise ValueError(
+            f"{where}: model_type must be 'fastclip', 'clip' or 'align', got {kind!r}; models of "
+            "other types cannot be read"
+        )
     import transformers
 
     config_class = transformers.CLIPConfig if kind == "clip" else transformers.AlignConfig

@@ -22,7 +22,7 @@ class TextTransformer(nn.Module):
     """Causal Transformer with pre-LayerNorm blocks, a final LayerNorm and a linear projection.
 
     The architecture is that of Radford et al. 2021, section 2.4, with the initialisation of the authors' code. The
-    end-of-text token is located as the largest id of a text. The padding after it does not influence the features,
+    end-of-text token is the token with the largest id of a text. The padding after it does not influence the features,
     because attention looks only backwards.
 
     Args:

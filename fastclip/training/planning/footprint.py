@@ -50,7 +50,8 @@ class Footprint:
 
         Args:
             pairs: number of pairs.
-            share: fraction of the bytes of each gradient of a parameter that is added from when it is computed.
+            share: fraction of the bytes of each parameter's gradient to count, from the moment at which the gradient is
+                computed.
         """
         return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
 
@@ -135,7 +136,7 @@ class _Live(TorchDispatchMode):
         for storage in storages:
             self._add(storage)
         self.history.append((self.bytes, self.arrived))
-        # After `history`, because the tensor that was added is still counted now and freed by the next operation
+        # Counted after `history`, because the tensor that was added is in `bytes` now and freed by the next operation
         for storage in storages:
             if id(storage) in self._awaited:
                 self._awaited.remove(id(storage))

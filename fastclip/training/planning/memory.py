@@ -53,7 +53,7 @@ class Plan:
     """Memory of one process in a training step, as predicted by `plan`.
 
     If processes differ, it is the memory of the process that needs most. All sizes are in bytes.
-    ``dataclasses.replace(plan, micro_batch=64)`` gives the plan for other sizes at once.
+    ``dataclasses.replace(plan, micro_batch=64)`` gives the plan for other sizes without a new measurement.
     `precision` and `device` must not be replaced, because they also determine the footprint.
     """
 
@@ -227,7 +227,8 @@ class Plan:
 
     def largest_micro_batch(self, memory: int) -> int:
         """Return the largest micro-batch with which a step fits into `memory` bytes, or 0 if none does."""
-        if self.fits(self.pairs, memory):  # tested first: without caching FSDP keeps no whole gradients
+        # Tested first, because without gradient caching FSDP keeps no unsharded gradients and may need less memory
+        if self.fits(self.pairs, memory):
             return self.pairs
         low, high = 0, self.pairs  # `low` fits, `high` does not
         while high - low > 1:

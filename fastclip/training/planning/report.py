@@ -86,7 +86,7 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
         yield (
             "loss",
             p.loss,
-            f"beside {kept} of activations: the total includes their sum, or the activations above if larger",
+            f"beside {kept} of kept activations: the total includes the sum, or the line above if that is larger",
         )
     what = "CUDA and libraries" if p.device == "cuda" else "Python and libraries"
     note = f"{readable(PROCESS[p.device])} for {what}, {FRAGMENTATION:.0%} of the rest for the allocator"

@@ -225,7 +225,10 @@ def load_checkpoint(
             model, optimizer, whole, options=sharded.StateDictOptions(full_state_dict=True)
         )
     except (KeyError, RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of these
-        raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
+        raise ValueError(
+            f"{path} was written with another optimiser or other frozen parameters ({error}): give the --optimizer, "
+            "--lock-image and --lock-text of that run, or start a new run"
+        ) from error
     for group, options in zip(optimizer.param_groups, asked):  # options of this run, which may have changed
         group.update(options)
     return int(state["step"])

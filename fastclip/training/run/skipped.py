@@ -46,7 +46,7 @@ class Skipped:
         # Most steps have no bad samples and return above: exchanging a number is cheaper than exchanging objects
         everyone = of_all_ranks(faults, self._world)
         for fault in self.tally.add(fault for of_rank in everyone for fault in of_rank):
-            logger.warning("skipped, %s: %s: %s", fault.cause, fault.key, fault.reason)
+            logger.warning("skipped sample %s (%s): %s", fault.key, fault.cause, fault.reason)
         drawn = (step + 1) * self._order.batch_size
         if too_many(self.tally.total, drawn, self._order.epoch_length, self._max_bad, size=self._order.size):
             raise ValueError(f"more than --max-bad {self._max_bad:g}: {self.summary(drawn)}")
@@ -75,9 +75,9 @@ class Skipped:
 def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float, *, size: int | None = None) -> bool:
     """Return True if it is certain or very likely that more than the share `max_bad` of the samples is bad.
 
-    It is certain if there are more bad samples than `max_bad` of the dataset's `size` in each epoch begun so far, since
-    an epoch draws each sample at most once. It is very likely if the count is more than about 4 standard deviations
-    above `max_bad` of the samples drawn.
+    It is certain if there are more bad samples than `max_bad` times `size` for each epoch begun so far, since an epoch
+    draws each sample at most once. It is very likely if the count is more than about 4 standard deviations above
+    `max_bad` times `drawn`.
 
     Args:
         bad: bad samples so far.
