@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Show versions, GPUs, memory, environment variables and installed extras. Show for every backend whether it "
         "runs here, and if not, why; and which backend is used for each device and dtype. Then compare the softmax and "
         "the sigmoid loss of every backend with a float64 reference. Every problem comes with what to do about it. The "
-        "exit status is 1 if the losses do not run or their errors exceed the documented limits. On a GPU, the first "
+        "exit status is 1 if the losses do not run or their errors exceed the promised limits. On a GPU, the first "
         "run takes longer, because Triton compiles its kernels.",
         "fastclip doctor",
         "fastclip doctor --json doctor.json",

@@ -126,7 +126,7 @@ def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, im
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the values of an image processor, and a text that says in messages where they were found.
 
-    The image processor inside of ``processor_config.json`` takes precedence over ``preprocessor_config.json``.
+    The image processor in ``processor_config.json`` takes precedence over ``preprocessor_config.json``.
     """
     whole, alone = (folder / name for name in PROCESSOR_FILES)
     if whole.is_file() and (values := read_json(whole).get("image_processor")) is not None:

@@ -209,7 +209,7 @@ def _read_pickled(file: Path) -> Any:
 
 
 def _unwrap(values: Any, file: Path) -> dict[str, Tensor]:
-    """Return the state dict inside of an unpickled checkpoint, without the prefixes that wrappers add to names."""
+    """Return the state dict inside an unpickled checkpoint, without the prefixes that wrappers add to names."""
     if isinstance(values, Mapping):
         inside = next((name for name in _INSIDE if isinstance(values.get(name), Mapping)), None)
         others = [str(name) for name, value in values.items() if name != inside and _holds_tensors(value)]
