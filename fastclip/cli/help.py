@@ -103,9 +103,8 @@ class OptionsHelp(argparse.Action):
 
     def _print_options(self) -> None:
         """Print the help of the other options, without its usage line if this parser has shown one for all options."""
-        printed = io.TextIOWrapper(
-            io.BytesIO(), encoding=sys.stdout.encoding, newline="\n"
-        )  # tyro asks for the encoding
+        # A TextIOWrapper, because tyro asks for the encoding
+        printed = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, newline="\n")
         try:
             with nullcontext() if self.alone else redirect_stdout(printed):
                 self.options_help()

@@ -7,7 +7,7 @@ from broken import COST, NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         COST,
-        "Memory is bounded by the features, their gradients and one workspace of fixed size; no larger matrix is stored",
+        "Memory is bounded by the features, their gradients and one workspace of fixed size",
         tests=[
             "losses/test_contrastive_torch.py::test_memory_is_of_the_features",
             "losses/test_contrastive_invariants.py::test_workspace_stays_within_its_bound",
