@@ -1,6 +1,6 @@
 """Blocks of logits: torch.mm fills one reused buffer, and a native pass works on it in place.
 
-FASTCLIP_WORKSPACE_MB bounds the size of a block, so that no larger matrix is stored. Features in fp32 are read in place,
+FASTCLIP_WORKSPACE_MB bounds the size of a block, so that no larger matrix is stored. fp32 features are read in place,
 16-bit features are converted to fp32 block by block.
 """
 
