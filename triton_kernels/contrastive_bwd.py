@@ -3,6 +3,8 @@
 i and j index the M images and N texts of a block, D is the embedding size. r_i and c_j are the factors that the dot
 products are multiplied by. d_i and d_j are the derivatives of the loss with respect to the log-sum-exps of row i and of
 column j, d_pos_i and d_pos_j those with respect to the sums of their positive logits, all times the gain (see tile.py).
+c is the number that is subtracted from every logit before the exponential (docs/mathematics.md), and c2 = log2(e) c.
+`offset` is that of the diagonal: row i meets it in column i + offset.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def _weigh(
             # An empty set has d = 0 and an arbitrary log-sum-exp. Its exponential may be infinite, and 0 * inf is NaN.
             g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
-        # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
+        # An infinite c2 turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         g = tl.exp2(tl.fma(dot * col_factor, tl.broadcast_to(row_scale[:, None], dot.shape), -offset2[:, None]))
         # A positive's exponential may be infinite, so it becomes 0 before it is multiplied by a weight. Only tiles on
@@ -171,7 +173,7 @@ def contrastive_bwd_kernel(
     M,
     N,
     D,
-    offset,
+    offset,  # row i meets the diagonal in column i + offset
     LABELS: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     EXACT: tl.constexpr,
@@ -179,9 +181,9 @@ def contrastive_bwd_kernel(
 ):
     """Weights r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 
-    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
+    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2) = exp(z - c), one exponential per logit
               G = E (a_i + b_j) at negatives
-              a_i = d_i exp(offset - lse_i) and b_j = d_j exp(offset - lse_j), from the plane NEG
+              a_i = d_i exp(c - lse_i) and b_j = d_j exp(c - lse_j), from the plane NEG
               G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS
               a' and b' are a and b for the log-sum-exps of the positives, from the plane POS
               G = 0 at the diagonal without LABELS, because the finish adds those positives in fp32

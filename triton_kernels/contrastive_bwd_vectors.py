@@ -2,8 +2,11 @@
 
 They are computed from the statistics of the forward pass and the loss's derivatives with respect to these statistics.
 A row (or column) with the log-sum-exp lse, and the derivative d with respect to it, gives a logit z the weight
-d exp(z - lse). The tile kernel computes exp(z - offset) once for rows and columns. The other factor,
-d exp(offset - lse), is a vector.
+d exp(z - lse). The tile kernel computes exp(z - c) once for rows and columns. The other factor, d exp(c - lse), is
+stored in a vector.
+
+c is the number that is subtracted from every logit before the exponential (docs/mathematics.md). c2 = log2(e) c is the
+constant OFFSET2, `offset2` in code. `offset` is that of the diagonal: row i meets it in column i + offset.
 """
 
 from __future__ import annotations
@@ -36,13 +39,13 @@ __all__ = [
     "vectors",
 ]
 
-# More planes of the vectors, after those of `gradients.py`. NEG: weight of the negatives for the shared offset.
+# More planes of the vectors, after those of `gradients.py`. NEG: weight of the negatives for the shared c.
 # NEG_EXACT and NEG_LSE2: weight and log2-sum-exp of the negatives for a repair. With labels, LABEL holds the labels (as
 # int32 bits), POS, POS_EXACT and POS_LSE2 are the same for the positives, and DIAGONAL holds d_pos.
 NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
-_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp further below the offset may have lost terms that flushed to zero
+_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp further below c may have lost terms that flushed to zero
 _BLOCK = 1024  # rows per program of the two kernels of this module
 
 
@@ -64,15 +67,16 @@ def gain_of(largest):
     """Return the power of two that brings all weights into the range of float16, from the `largest` derivative (fp64).
 
     A mean loss over N pairs has derivatives of about 1 / N, which float16 would flush to zero. |G| is at most the sum
-    of four derivatives, each below 2 high_bit, and both factors of fp16 features are below 2. With the gain
-    1024 / high_bit a weight therefore stays below 2^15. A power of two changes no digit.
+    of four derivatives. Each of them is below 2 h, where h = high_bit(largest) is the largest power of two that is not
+    above `largest`, and both factors of fp16 features are below 2. With the gain 1024 / h a weight therefore stays
+    below 2^15. A power of two changes no digit.
     """
     return 1024.0 / high_bit(tl.minimum(tl.maximum(largest, 1e-34), 1e34))
 
 
 @triton.jit
 def lowest_safe(offset2):
-    """Return the log-sum-exp (fp64) below which the shared offset may have lost terms."""
+    """Return the log-sum-exp (fp64) below which the shared c may have lost terms."""
     return offset2.to(tl.float64) * LN2 + _LOWEST
 
 
@@ -140,10 +144,10 @@ def contrastive_bwd_largest_kernel(
 
 @triton.jit
 def guarded_weights(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, in_rows, PLANE: tl.constexpr):
-    """Store three planes: the weight for the shared offset, and weight and log2-sum-exp for a repair.
+    """Store three planes: the weight for the shared c, and weight and log2-sum-exp for a repair.
 
-    lse, d: log-sum-exps and their derivatives times the gain, fp64. Sets REPAIR if a log-sum-exp that matters lies
-    below `lowest`.
+    lse, d: log-sum-exps and their derivatives times the gain, fp64. Sets REPAIR if a log-sum-exp is NaN, or is below
+    `lowest` and has a derivative other than 0. Empty sets (-inf) request no repair.
     """
     lse2 = lse * LOG2E
     empty = lse == -INF
@@ -203,7 +207,7 @@ def contrastive_bwd_vectors_kernel(
     part_ptr,  # (parts,) fp32 partial sums of d_scale, set to 0: later kernels leave gaps between blocks
     M,
     N,
-    offset,
+    offset,  # row i meets the diagonal in column i + offset
     rows,
     cols,
     parts,
@@ -213,9 +217,9 @@ def contrastive_bwd_vectors_kernel(
 ):
     """Vectors of both sides, from their statistics and derivatives.
 
-    Math      weight_k = gain d_k exp(offset - lse_k), and 0 for an empty set
+    Math      weight_k = gain d_k exp(c - lse_k), and 0 for an empty set
               gain is a power of two with gain r_i |G_ij| c_j < 2^15 for fp16 features
-              offset as in the forward pass, so that its exponentials are the same and softmax weights sum to 1
+              c as in the forward pass, so that the exponentials are the same and softmax weights sum to 1
     Program   BLOCK images or texts, every program computes the few constants again
     Traffic   reads the statistics and derivatives once, writes 7 planes of M + N words, 11 with LABELS
     Precision fp64, rounded to fp32 once

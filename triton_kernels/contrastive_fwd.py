@@ -13,7 +13,9 @@ Without labels the only positives are on the diagonal. They stay out of the sums
 of the log-sum-exp and the positive, which cancels to 0 on a solved pair if the positive is part of the sum. Their
 logits come from `features.norms` in fp64. docs/mathematics.md has the formulas.
 
-M, N and D are the numbers of images, texts and features. i and j index images (rows) and texts (columns).
+M, N and D are the numbers of images, texts and features. i and j index images (rows) and texts (columns). c is the
+number that is subtracted from every logit before the exponential (docs/mathematics.md), and c2 = log2(e) c. `offset` is
+that of the diagonal: row i meets it in column i + offset.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def _statistics_tile(
     else:
         # The row's scale is multiplied in by the fma below, which rounds only once
         z2 = dot * col_factor[None, :]
-        # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
+        # An infinite c2 turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
         if LABELS:  # a term that flushed to 0 would look like an empty set, which requests no repair
@@ -157,7 +159,7 @@ def contrastive_fwd_kernel(
     text,  # (N, D)
     row,  # a `FwdSide`: factor (M,), label (M,), part (planes, tiles_n, M); EXACT: part fp64
     col,  # factor (N,), label (N,), part (planes, tiles_m, N)
-    constants_ptr,  # SCALE and OFFSET2; an EXACT launch returns at once if REPAIR is 0
+    constants_ptr,  # SCALE and OFFSET2 (c2); an EXACT launch returns at once if REPAIR is 0
     M,
     N,
     D,
@@ -170,7 +172,7 @@ def contrastive_fwd_kernel(
 ):
     """Sums of exponentials along the rows and columns of every tile. The logits are never stored.
 
-    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
+    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2), one exponential per logit
               row_i = sum_j E_ij and col_j = sum_i E_ij of a tile, over its negatives and over its positives
               EXACT stores log2 of the same sums, from each row's and column's maximum, two exponentials per logit
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
@@ -262,10 +264,11 @@ def contrastive_fwd(
 ) -> tuple[Tensor, ...]:
     """Compute the row and column statistics of image (M, D) and text (N, D).
 
-    Arguments and results are those of the reference's `contrastive_fwd`. It takes 2 M N D operations: a launch for the
-    norms, then four launches per panel of rows, without host synchronisation. All logits share one offset of the
-    exponential. If terms of a sum flush to zero under this offset, the second half of the launches repairs the result
-    with row and column maxima. Otherwise these launches return at once.
+    Arguments and results are those of the reference's `contrastive_fwd`. It takes 2 M N D operations, without host
+    synchronisation. One launch computes the norms (two if the features are not normalised). Then the rows are divided
+    into panels, ranges of rows whose partial sums fit into the workspace, with two launches per panel: the tiles and
+    their reduction. All logits share one c. Two more launches per panel repair the result with row and column maxima if
+    terms of a sum flushed to zero under this c. Otherwise they return at once.
 
     tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`.
     """

@@ -2,6 +2,9 @@
 
 The tile kernel stores its partial sums instead of adding them with float atomics, whose order changes from run to run.
 The planes are those of `contrastive_fwd.py`.
+
+c is the number that is subtracted from every logit z before the exponential (docs/mathematics.md). log2(e) c is the
+constant OFFSET2. `offset` is that of the diagonal: row i meets it in column i + offset.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR
 
 __all__ = ["REDUCED", "contrastive_fwd_reduce_kernel", "reduce_plane"]
 
-_SAFE_SUM = tl.constexpr(math.exp(-62))  # a smaller sum of exp(z - offset) may have lost terms that flushed to zero
+_SAFE_SUM = tl.constexpr(math.exp(-62))  # a smaller sum of exp(z - c) may have lost terms that flushed to zero
 REDUCED = 128  # rows or columns per program of the reduction
 
 
@@ -26,8 +29,9 @@ def reduce_plane(
     """Reduce elements k of one side's partial results (tiles, size), merge in the earlier result `before`; return fp64.
 
     A column's partial results come panel by panel of rows: `before` is the result of the panels so far, and the `first`
-    panel has none. The result is finished (logarithm, offset, natural units) on the `last` panel. k = `alone` is an
-    element whose only pair is on the diagonal, so that its set of negatives is empty.
+    panel has none. On the `last` panel the result is finished: its logarithm is taken, c is added, and units of log 2
+    become natural units. k = `alone` is an element whose only pair is on the diagonal, so that its set of negatives is
+    empty.
     """
     in_rows = k < size
     top = tl.where(in_rows & (first != 0), -INF, before) if EXACT and not IS_SUM else before
@@ -103,7 +107,7 @@ def contrastive_fwd_reduce_kernel(
     tiles_n,
     M,
     N,
-    offset,
+    offset,  # row i meets the diagonal in column i + offset
     first,  # 1 on the first panel of rows, when the columns have no earlier result to add to
     last,  # 1 on the last panel, when the columns become complete
     LABELS: tl.constexpr,
@@ -114,10 +118,11 @@ def contrastive_fwd_reduce_kernel(
 ):
     """Log-sum-exps of rows and columns from the partial sums of a panel of rows. Sets REPAIR if a sum is too small.
 
-    Math      row_i = log(sum of the tiles' parts) + offset, where EXACT parts are log2 of the tiles' sums
+    Math      row_i = c + log(sum of the tiles' parts)
+              EXACT merges parts that are log2 of the tiles' sums, without c
     Program   BLOCK rows, and after them BLOCK columns
     Traffic   reads every partial sum once, twice if EXACT
-    Precision fp64, and sums of exp(z - offset) below e^-62 request a repair, because terms of them may have flushed
+    Precision fp64, and sums of exp(z - c) below e^-62 request a repair, because terms of them may have flushed
     Ragged    rows and columns beyond M and N are not read
     Order     tiles and panels from first to last: bitwise repeatable
     """

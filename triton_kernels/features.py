@@ -5,6 +5,9 @@ brings their norm into (1/2, 1], so that neither their products nor the stored w
 that are not aligned to 16 bytes are copied to rows that are. Normalised features are never stored: a product reads the
 rows as they are (or times a power of two, which is exact), and its result is multiplied by the remaining factors. That
 way a normalised feature is never rounded to 16 bits.
+
+c is the number that is subtracted from every logit before the exponential (docs/mathematics.md), and c2 = log2(e) c the
+constant OFFSET2. `offset` is that of the diagonal: row i meets it in column i + offset.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 EPS = tl.constexpr(1e-12)  # lower bound of a norm; equals the reference's, which this layer must not import
-# A logit may be this far above the shared offset: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
+# A logit may be this far above c: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
 REACH = tl.constexpr(70.0)
 
 
@@ -143,7 +146,7 @@ def bound_of(scale, top_ptr, rows, cols, NORMALIZE: tl.constexpr, BLOCK: tl.cons
 def set_constants(constants_ptr, scale, bound, store):
     """Store SCALE, BOUND and OFFSET2 if `store`; return OFFSET2.
 
-    The offset is 0 if no logit is above REACH, because subtracting a nonzero offset costs digits of exp's argument.
+    OFFSET2 is c2. c is 0 if no logit is above REACH, because subtracting another number costs digits of exp's argument.
     """
     offset2 = tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E
     if store:

@@ -263,7 +263,7 @@ class Gradients:
 
     def tiles(self, rows: int, columns: int) -> int:
         """Number of partial sums of a block: its tiles in the finest configuration, rounded up to a multiple of 4."""
-        # 4 fp32 numbers are 16 bytes: every block's partial sums start aligned, for which the kernels are compiled
+        # 4 fp32 numbers are 16 bytes: every block's partial sums start at a multiple of 16, as compiled kernels assume
         return max(ceil_div(rows, kind.BLOCK_M) * ceil_div(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
 
     def compute(

@@ -54,7 +54,7 @@ class Config(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A matrix with adjacent columns, as a kernel argument.
+    """A matrix whose rows are contiguous (column stride 1), as a kernel argument.
 
     The first launch needs this class, because Triton compiles by field names. Later launches accept any tuple.
     """
@@ -231,12 +231,12 @@ def processors(device: torch.device) -> int:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """Return `x` if its columns are adjacent in memory, else a contiguous copy."""
+    """Return `x` if its rows are contiguous (column stride 1), else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def matrix(x: Tensor) -> Matrix:
-    """Wrap features with adjacent columns for a kernel."""
+    """Wrap features whose rows are contiguous as a kernel argument."""
     return Matrix(x, x.stride(0))
 
 
@@ -330,7 +330,8 @@ def fp32_products() -> str:
     if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
     asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if asked is None:  # older torch. The next call raises in a newer torch if fp32_precision was set
+    # Only an older torch lacks fp32_precision. In a newer torch the call below would raise if fp32_precision was set.
+    if asked is None:
         asked = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if asked == "tf32" else "tf32x3"
 

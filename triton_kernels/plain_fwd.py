@@ -40,10 +40,12 @@ __all__ = [
 ]
 
 DIAGONAL_SHARE = tl.constexpr(CONSTANTS)  # index of one more constant: the diagonal pairs' part of d_scale, times gain
-HEADER = 16  # words reserved for the constants, which keeps the vectors after them aligned
+HEADER = 16  # words reserved for the constants before the vectors: 64 bytes, which keeps the vectors aligned
 PLANES = 7
 COL = tl.constexpr(PLANES)  # first plane of the texts
-ALIGNED = tl.constexpr(32)  # words, 128 bytes: every plane begins on a cache line
+# The distance between planes is a multiple of this many words (128 bytes, a cache line of a GPU). Every plane thus
+# begins at a multiple of 64 bytes, because 64 bytes of header come first. The compiled kernels assume multiples of 16.
+ALIGNED = tl.constexpr(32)
 
 
 @triton.jit

@@ -19,7 +19,9 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["cut", "plan_of", "remember"]
 
-_LINE = 64  # bytes of a cache line: every part of a workspace begins on one
+# Every part of a workspace begins at a multiple of this many bytes. The compiled kernels assume multiples of 16. 64 is
+# half a cache line of a GPU, two whole sectors of memory.
+_LINE = 64
 _MOST = 128  # plans kept, so that a caller with ever new shapes does not fill the memory
 
 plans: dict[Any, Any] = {}  # plans of every kind, by signature
@@ -48,7 +50,7 @@ def cut(**sizes: int) -> SimpleNamespace:
 def plan_of(
     make: Callable[..., Any], image: Tensor, text: Tensor, scale: Tensor, about: Any, workspace: int | None = None
 ) -> tuple[Any, Tensor, Tensor]:
-    """Return the plan ``make(image, text, *about)`` of a problem, and its features with adjacent columns.
+    """Return the plan ``make(image, text, *about)`` of a problem, and its features with contiguous rows.
 
     workspace: bytes that the plan may use; a plan made for another size is replaced. A backward passes None and
     thereby uses the plan of its forward, even if the setting has changed in between.

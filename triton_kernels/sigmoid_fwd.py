@@ -80,7 +80,7 @@ def _store_vectors(
     loss, sigmoid = softplus(negated)
     g = tl.where(has_partner, -sigmoid, 0.0)
     tl.store(vec_ptr + DIAGONAL * plane + k, g.to(tl.float32), mask=in_rows)
-    # 0 * negated is NaN if the logit is infinite, for which softplus could return 0 and hide the overflow
+    # 0 * negated makes the loss NaN if the logit is infinite. softplus alone could return 0 and hide the overflow.
     loss = tl.sum(tl.where(has_partner, loss + 0.0 * negated, 0.0), 0)
     return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has_partner, g * cos, 0.0), 0), tl.sum(g, 0)
 
@@ -95,7 +95,7 @@ def sigmoid_norms_kernel(
     row_vec_ptr,  # (planes, M): FACTOR, DIAGONAL, OUT, PROJECT
     col_vec_ptr,  # (planes, N)
     top_ptr,  # (programs,) fp32; written with BOUND
-    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; points behind the tiles' sums; one sum per program of images
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias, one sum per program of images; starts after the tiles' sums
     parts,
     M,
     N,

@@ -5,7 +5,11 @@ works on one block of the M x N logits: its M, N, i and j count from the block's
 the 64-bit start of a tile, so that the indices inside a tile stay 32-bit.
 
 An exponential is computed as exp2 with log2(e) folded into the scale, because the GPU's exponential unit is base 2.
-Names that end in 2 (z2, lse2, offset2) are in units of log2.
+Names that end in 2 are in units of log 2, such as z2 = log2(e) z.
+
+c is the number that is subtracted from every logit before the exponential (docs/mathematics.md). c2 = log2(e) c is the
+constant OFFSET2, `offset2` in code. Without the 2, `offset` is that of the diagonal: row i meets it in column
+i + offset. A column's factor c_j is another number still.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import triton
 import triton.language as tl
 
 # Indices into `constants_ptr` (fp32): values that kernels compute on the device, so that the host never waits for them.
-# SCALE: the logit scale. BOUND: upper bound of all |logits|. OFFSET2: subtracted from all z2 before the exponential.
-# REPAIR: 1 if OFFSET2 may have lost terms and the problem must be computed again with row and column maxima.
+# SCALE: the logit scale. BOUND: upper bound of all |logits|.
+# OFFSET2: c2, which is subtracted from all z2 before the exponential.
+# REPAIR: 1 if c may have lost terms and the problem must be computed again with row and column maxima.
 # GAIN: the power of two that stored weights are multiplied by, so that they do not flush to zero in fp16.
 SCALE, BOUND, OFFSET2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 REPAIR, GAIN = tl.constexpr(3), tl.constexpr(4)
