@@ -7,10 +7,14 @@
 // Program   one pass over the tile
 // Traffic   reads and writes 4 M N bytes once
 // Precision fp32, with d_scale summed over a row in fp32 and over rows in fp64
-//           one exponential per logit if the log-sum-exps of the tile differ by at most 48 (in log2), else two
+//           one exponential per logit if the log-sum-exps of the tile differ by at most 48 units of log 2, else two
 //           z never exceeds its log-sum-exps, so nothing overflows
 // Ragged    lanes beyond the last column are neither read nor written
 // Order     rows from first to last, lanes by halving: bitwise repeatable
+//
+// With one exponential, G_ij = E (a_i + b_j) at negatives with E = 2^(z_ij - c), a_i = d_neg_i 2^(c - neg_i) and
+// b_j = d_neg_j 2^(c - neg_j). c is the number that is subtracted from every z of a tile (docs/mathematics.md), here in
+// units of log 2 and called `offset` in code: the largest log-sum-exp of the tile.
 #pragma once
 
 #include "tile_common.h"
@@ -19,7 +23,7 @@ namespace {
 
 using fastclip::BwdSide;
 
-// One offset serves a whole tile if all its log-sum-exps differ by at most this many powers of two. Weights below
+// One c serves a whole tile if all its log-sum-exps differ by at most this many powers of two. Weights below
 // 2^kExp2Floor, which are dropped, are then less than 2^-52 of the largest of their row and column.
 constexpr float kOffsetSpread = 48.0f;
 

@@ -7,10 +7,13 @@
 //           one more for the largest z of every row and column, if requested
 // Traffic   reads 4 M N bytes from memory once, writes 8 bytes per row and column of the tile
 // Precision fp32, one exponential per logit relative to the maximum of the tile's first row, for rows and columns alike
-//           sums are checked, and if logits are too far apart computed again with every row's and column's maximum
-//           so no bound on the logits is assumed
+//           sums are checked; if the logits are too far apart, they are computed again, with the maximum of every row
+//           and of every column, so no bound on the logits is assumed
 // Ragged    lanes beyond the last column are masked out of every sum
 // Order     rows from first to last, lanes by halving: bitwise repeatable
+//
+// c is the number that is subtracted from every z of a tile before the exponential (docs/mathematics.md), here in units
+// of log 2 and called `offset` in code: the maximum of the tile's first row.
 #pragma once
 
 #include "tile_common.h"
@@ -20,8 +23,8 @@ namespace {
 using fastclip::FwdSide;
 using fastclip::LogSum;
 
-// Range of an acceptable sum of exponentials relative to one offset. Terms below 2^kExp2Floor were dropped; each is
-// then less than 2^-52 of the sum.
+// Range of an acceptable sum of exponentials 2^(z - c) with one c. Terms below 2^kExp2Floor were dropped; each is then
+// less than 2^-52 of the sum.
 constexpr float kSmallestSum = 0x1p-48f;
 constexpr float kLargestSum = 0x1p120f;
 
@@ -37,8 +40,8 @@ float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const Col
   return reduce_max(top);
 }
 
-// Sums relative to one offset for the whole tile. Returns false if the result must not be used: the offset is so far
-// from the maximum of a row or column that digits may be lost, a set is empty, or a number is not finite.
+// Sums of 2^(z - c) with one c for the whole tile. Returns false if the result must not be used: c is so far from the
+// maximum of a row or column that digits may be lost, a set is empty, or a number is not finite.
 template <class Keep>
 bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                      LogSum col) {
@@ -80,8 +83,10 @@ void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep
 template <class Keep>
 void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                       LogSum col) {
-  // The maximum -inf of an empty set must not produce NaN, so its offset is 0. The maximum +inf must produce NaN, so
-  // that a logit's overflow is noticed: FMA does not round the product to +inf before it subtracts the offset.
+  // Each row and column subtracts its maximum, with two exceptions. An empty set has the maximum -inf and subtracts 0,
+  // because -inf would produce NaN. If a logit overflowed, the maximum is +inf and NaN is subtracted, so that the
+  // result is NaN. An FMA would subtract +inf from the product before it rounds it: the exponential of a finite number
+  // minus infinity is 0, and would hide the overflow.
   const auto offset_of = [](float top) { return top == kNegInf ? 0.0f : top == -kNegInf ? top - top : top; };
   maxima(t, image, text, keep, row.max, col.max);
   for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);

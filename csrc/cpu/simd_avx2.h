@@ -42,7 +42,8 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
-  // Rounds a product. Without this the compiler may fuse it with the sum that follows, which is rounded only once.
+  // Rounds a product. Without this the compiler may fuse the product and the sum that follows into an FMA, which does
+  // not round the product.
   static F rounded(F a) {
     __asm__("" : "+x"(a));
     return a;
@@ -51,7 +52,8 @@ struct Simd {
   static Mask not_negative(F x) { return _mm256_castps_si256(_mm256_cmp_ps(x, set1(0.0f), _CMP_GE_OQ)); }
 
   static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale_or_zero(F p, F n, F x, float floor) {  // a result above 2^127 is any larger number, inf or NaN
+  // As in simd_avx512.h, except that in place of a result above 2^127 it may return any number above 2^127, inf or NaN.
+  static F scale_or_zero(F p, F n, F x, float floor) {
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_min_ps(n, set1(128.0f))), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
     const F keep = _mm256_cmp_ps(x, set1(floor), _CMP_NLT_UQ);

@@ -36,7 +36,8 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  // Rounds a product. Without this the compiler may fuse it with the sum that follows, which is rounded only once.
+  // Rounds a product. Without this the compiler may fuse the product and the sum that follows into an FMA, which does
+  // not round the product.
   static F rounded(F a) {
     __asm__("" : "+v"(a));
     return a;

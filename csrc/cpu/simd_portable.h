@@ -96,7 +96,8 @@ struct Simd {
   static F max(F a, F b) {  // returns b if either is NaN, like the x86 instruction
     return floats([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
   }
-  // Rounds a product. Without this a compiler may fuse it with the sum that follows, which is rounded only once.
+  // Rounds a product. Without this a compiler may fuse the product and the sum that follows into an FMA, which does not
+  // round the product.
   static F rounded(F a) {
     return floats([&](int k) {
       const volatile float x = a.v[k];

@@ -105,7 +105,8 @@ struct Logits {
   Simd::F operator()(int64_t j, Lanes lanes) const {
     return Simd::mul(half(j, lanes), load(lanes, col_factor + j));
   }
-  // z - offset, rounded once if the processor has FMA, which keeps the digits of a small difference of large numbers.
+  // z minus `offset`, which is c, or the maximum or log-sum-exp of a row or column. The difference is rounded once if
+  // the processor has FMA, which keeps the digits of a small difference of large numbers.
   template <class Lanes>
   Simd::F minus(int64_t j, Lanes lanes, Simd::F offset) const {
     if (coarse) return Simd::sub(Simd::rounded((*this)(j, lanes)), offset);

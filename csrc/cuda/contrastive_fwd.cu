@@ -1,6 +1,7 @@
 // Partial sums of exponentials along the rows and columns of every tile. The logits are never stored.
 //
-//   Math      z2_ij = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
+//   Math      z2_ij = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2), one exponential per logit
+//             c2 = log2(e) c is the constant FASTCLIP_OFFSET2, see tile.cuh
 //             row and column sums of E over the negatives, with labels also of E and of z2 over the positives
 //   Program   see tile.cuh
 //   Traffic   writes 4 * planes * (M tiles_n + N tiles_m) bytes

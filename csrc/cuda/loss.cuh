@@ -20,7 +20,7 @@ struct LossSide {
   void* part;        // forward
   const float* raw;  // finish: (N, width) sum_j gain G_kj r_k c_j other_j; for images only the rows of the chunk
   void* out;         // (N, D) gradient, NULL if not needed
-  int64_t count;     // sigmoid backward: elements of x, which is the gradient for upstream 1, and of out
+  int64_t count;     // sigmoid backward: elements of out and of x, the gradient for an upstream gradient of 1
 };
 
 struct Loss {

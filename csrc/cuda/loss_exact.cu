@@ -1,4 +1,5 @@
-// The repair: computes log-sum-exps from true maxima if the shared offset lost terms, and redoes the reduction.
+// The repair: computes log-sum-exps from true maxima if the shared c (see tile.cuh) lost terms, and redoes the
+// reduction.
 //
 //   Math      part = top + log2 sum 2^(z2 - top) over the negatives of every row and column of a tile
 //             two exponentials per logit, z2 with its rounding error, because these logits may be in the thousands
@@ -205,7 +206,8 @@ struct Repair {
           static_cast<double*>(loss.side[1].part) + tile.m * static_cast<int64_t>(p.N) + j,
           t.scratch.col[kTop][k] + static_cast<double>(log2f((warp[0][k] + warp[1][k]) + (warp[2][k] + warp[3][k]))));
     }
-    // A block of indices is complete when all tiles of its columns, and of its rows if in this panel, have been stored
+    // A block of indices is complete when all tiles of its columns have been stored and, if its rows are in this panel,
+    // all tiles of its rows
     const int first_block = loss.i0 / kIndices;
     double* scratch = reinterpret_cast<double*>(&t.scratch.sums[0][0][0]);
     auto* flag = reinterpret_cast<unsigned*>(scratch);

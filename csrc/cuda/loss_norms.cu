@@ -6,8 +6,8 @@
 //             otherwise copies are x_k, and factor_k = inv_k
 //             sigmoid: x = -(s cosine_k + b), own_k = -sigmoid(x), and sums of softplus(x), own cosine and own
 //   Program   one warp per pair
-//             block 0 writes the constants, except the offset (or gain) of rows that are not normalised, which the
-//             tiles compute from the largest norm of every block
+//             block 0 writes the constants. If rows are not normalised, FASTCLIP_OFFSET2 (or FASTCLIP_GAIN) is left to
+//             the tiles, which compute it from the largest norm of every block
 //             all blocks set the tickets of the pass to 0
 //   Traffic   reads both matrices once, 16 bytes at a time if aligned; copies are read again and written
 //   Precision fp64; copies are exact, except that elements smaller than 2^-24 times their row's norm may flush in fp16

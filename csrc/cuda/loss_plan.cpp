@@ -15,8 +15,8 @@ constexpr int64_t kLongestSum = 65536;  // terms that one product may add up: te
 int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
 int64_t round_up(int64_t size, int64_t length) { return ceil_div(size, length) * length; }
 
-// Cut `size` into as many parts as parts of length `most` would need, but equally long. Return their length, rounded up
-// to a multiple of `unit`.
+// Cut `size` into the smallest number of equal parts that are no longer than `most`. Return their length, rounded up to
+// a multiple of `unit`.
 int64_t even(int64_t size, int64_t most, int64_t unit) { return round_up(ceil_div(size, ceil_div(size, most)), unit); }
 
 // Places arrays one after the other.
@@ -37,7 +37,8 @@ int tile_n(int64_t N) {
   return pairs * ceil_div(N, FASTCLIP_CUDA_TILE_N) <= kFew ? FASTCLIP_CUDA_TILE_N_SMALL : FASTCLIP_CUDA_TILE_N;
 }
 
-// Waves of multiprocessors for the tiles of N rows in chunks of `rows`, with `across` tiles along the columns.
+// Number of waves for the tiles of N rows in chunks of `rows`, with `across` tiles along the columns. A wave is a round
+// in which every processor (a multiprocessor, or a cluster of two) computes one tile.
 int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_t processors) {
   const auto of_chunk = [&](int64_t size) { return ceil_div(ceil_div(size, tile_rows) * across, processors); };
   return N / rows * of_chunk(rows) + of_chunk(N % rows);
@@ -101,10 +102,10 @@ LossForward loss_forward(int64_t N, int64_t workspace) {
 LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processors) {
   LossBackward b = {};
   b.tile_n = tile_n(N);
-  // With this many rows the tiles of the product with the texts occupy every multiprocessor once
+  // Rows of a wave: their tiles of the product with the texts occupy every multiprocessor once
   const int64_t wave = std::max(processors / ceil_div(D, kProductN), int64_t{1}) * kTileM;
-  // Columns are cut if nearly a wave of rows would not fit otherwise: idle multiprocessors cost more than adding once
-  // more to the sums of a chunk's images
+  // Columns are cut if the workspace would otherwise hold less than nearly a wave of rows: idle multiprocessors cost
+  // more than adding once more to the sums of a chunk's images
   const int64_t nearly = round_up(std::min(wave - wave / 8, N), kTileM);
   const int64_t fit = std::min(workspace / 2 / nearly, kLongestSum);
   const int64_t unit = std::lcm(kAlign, int64_t{b.tile_n});

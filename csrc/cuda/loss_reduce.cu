@@ -1,10 +1,11 @@
 // Log-sum-exps from the partial sums of a panel of rows, and with the last panel the loss and the backward's vectors.
 //
-//   Math      lse2 = log2(sum of the tiles' parts) + offset2, then loss_reduce.cuh
+//   Math      lse2 = c2 + log2(sum of the tiles' parts), then loss_reduce.cuh
+//             c2 = log2(e) c, see loss_reduce.cuh
 //   Program   32 indices of both sides, because row k and column k belong to one pair
 //             four warps per side share its tiles, the last block of the grid sums all records
 //   Traffic   reads every partial sum once
-//   Precision fp64, and sums of exp(z - offset) below e^-62 request a repair, because terms of them may have flushed
+//   Precision fp64, and sums of exp(z - c) below e^-62 request a repair, because terms of them may have flushed
 //   Ragged    indices beyond N are not read
 //   Order     tiles by warps, panels from first to last: bitwise repeatable
 #include "loss_kernels.h"

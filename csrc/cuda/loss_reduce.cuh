@@ -1,7 +1,8 @@
 // Loss, and vectors of the backward, from log-sum-exps. The reduction and the repair share this code.
 //
 //   Math      t = lse - s cosine, loss = sum of w softplus(t) / N over both directions
-//             d = w sigmoid(t) / N, weight = d e^(offset - lse), own = -(d_row + d_col)
+//             d = w sigmoid(t) / N, weight = d e^(c - lse), own = -(d_row + d_col)
+//             c is subtracted from every logit before the exponential, log2(e) c is the constant FASTCLIP_OFFSET2
 //   Precision fp64: softplus of the difference keeps the digits of a small loss
 //   Order     a record sums 32 indices in a tree of lanes, records are summed by threads and in a tree: repeatable
 #pragma once
@@ -35,7 +36,7 @@ __device__ __forceinline__ double in_words(double x) {
 }
 
 // Finish index k of both sides. Called by whole warps with consecutive k. lse2: log2-sum-exp2 of row and column k.
-// served: the shared offset has lost no terms of either sum.
+// served: the shared c has lost no terms of either sum.
 __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane, const double (&lse2)[2], bool served,
                                              bool exact) {
   double record[kRecordValues] = {0, 0, 0, 0};

@@ -2,6 +2,10 @@
 // `Op` (contrastive_*.cu, sigmoid_fwd.cu, loss_exact.cu, loss_weights.cu) is the epilogue that uses them. M images, N
 // texts, D features; i and j index rows (images) and columns (texts).
 //
+// c is the number that is subtracted from every logit before the exponential (docs/mathematics.md). c2 = log2(e) c is
+// the constant FASTCLIP_OFFSET2, `offset2` in code. `offset` is that of the diagonal: row i meets it in column
+// i + offset.
+//
 //   Program   one CTA per multiprocessor with a producer warp, which issues TMA loads, and two consumer warpgroups
 //             the consumers alternate between tiles ("pingpong"): while one multiplies, the other runs its epilogue
 //             the two CTAs of a cluster own vertically adjacent tiles, and each loads half of the text block for both
@@ -34,7 +38,7 @@ constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "registers of a multiprocessor");
 constexpr double kLog2e64 = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLog2e = static_cast<float>(kLog2e64), kSmallest = 0x1p-126f;
-// A logit may be this far above the offset: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
+// A logit may be this far above c: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
 constexpr float kReach = 70.f;
 
 struct Side {
@@ -50,7 +54,7 @@ struct Params {
   double* part;
   int64_t offset, part_row_stride;
   int M, N, k_blocks, tiles_m, tiles_n, pairs;  // pairs of vertically adjacent tiles
-  int parts_n;                                  // partial sums from one row of tiles to the next; 0: tiles_n
+  int parts_n;                                  // partial sums per row of tiles, see index(); 0 stands for tiles_n
   int exclude_self;
   Loss loss;  // for the kernels of the plain case
 };
@@ -202,12 +206,13 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, 
   return {m, n, m * kBlockM, n * block_n};
 }
 
-// The offset is 0 if no logit is above kReach, because subtracting a nonzero offset costs digits of exp's argument.
+// Return c2. c is 0 if no logit is above kReach, because subtracting another number costs digits of exp's argument.
 __device__ __forceinline__ float offset2_of(float bound) { return (bound <= kReach ? 0.f : bound - kReach) * kLog2e; }
 
 // Power of two with gain |G| < 2^13 for fp16 weights G <= e^(bound + bias) of the sigmoid loss. Without it the weights
-// of a solved batch would flush to zero in fp16. Weights below e^-40 are negligible: the diagonal pairs' weights
-// are then near 1. The gain stops there, so that fp32 holds a diagonal weight times the gain and any feature.
+// of a solved batch would flush to zero in fp16. If the bound is below e^-40, these weights are negligible, because
+// those of the diagonal pairs are near 1. The gain is therefore at most the one for e^-40, with which fp32 holds the
+// product of a diagonal weight, the gain and any feature.
 __device__ __forceinline__ float gain_of(float bound, float bias) {
   float top = bound + bias;
   top = top < 0.f ? (top > -40.f ? top : -40.f) : 0.f;  // NaN: 0

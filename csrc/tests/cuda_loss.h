@@ -106,8 +106,9 @@ inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_
         static_cast<long long>(bytes));
 }
 
-// Rows of a chunk (the most that fit, or fewer if these take the same time) and columns of its blocks. Below, product
-// waves are waves of the library's tiles in the product with the texts, for the first chunk + for the second.
+// Rows of a chunk (the most that fit, or fewer if these take the same time) and columns of its blocks. Waves: see
+// loss_plan.cpp. Product waves are those of the library's tiles in the product with the texts, for the first chunk +
+// for the second.
 inline void plain_blocks() {
   using namespace fastclip;
   constexpr int64_t kMiB = 1 << 20;
@@ -116,7 +117,7 @@ inline void plain_blocks() {
   };
   const Case cases[] = {
       {8192, 512, 1024 * kMiB, 8192, 8192, 8192},       // all
-      {32768, 512, 1024 * kMiB, 8448, 8192, 32768},     // 4 chunks; 8,448 rows take 334 waves, not 332, of clusters
+      {32768, 512, 1024 * kMiB, 8448, 8192, 32768},     // 8,448 rows would take 334 waves of clusters, not 332
       {65536, 768, 1024 * kMiB, 5632, 5632, 65536},     // fewer rows would need 13 chunks
       {24576, 1024, 1024 * kMiB, 21120, 12288, 24576},  // product waves: 5 + 1 with the most rows, 3 + 3 with these
       {24576, 512, 1024 * kMiB, 16896, 16128, 24576},   // product waves: 2 + 2 with equal chunks, 2 + 1 with these

@@ -62,7 +62,7 @@ void run_blocks(const std::vector<unsigned>& indices, unsigned threads, size_t s
   unsigned asleep = 0, warp = 0, rounds = 0;  // a CTA, or a warp of it, that falls behind, and for how long
   for (size_t left = fibers.size(); left > 0;) {
     if (rounds == 0 && dice() % 64 == 0) {
-      asleep = dice() % size, warp = dice() % (2 * threads / 32);  // from threads / 32 on: all of them
+      asleep = dice() % size, warp = dice() % (2 * threads / 32);  // from threads / 32 on: all warps of the CTA
       rounds = dice() % (warp < threads / 32 ? 64 : 1024);
     }
     const auto sleeps = [&](const Fiber& f) {
