@@ -240,7 +240,7 @@ def contrastive_bwd(
     needs: list[bool],
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of image, text and scale, each None unless `needs` asks for it.
+    """Compute the gradients of image, text and scale, each None if `needs` is False for it.
 
     Arguments and results are those of the reference's `contrastive_bwd`. It takes 6 M N D operations, in blocks whose
     weights fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`.

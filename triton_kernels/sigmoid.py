@@ -218,7 +218,7 @@ def sigmoid_fwd(
     dtype: torch.dtype,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the sigmoid loss and the gradients of image, text, scale and bias, each None unless `needs` asks for it.
+    """Return the sigmoid loss and the gradients of image, text, scale and bias, each None if `needs` is False for it.
 
     Formula and arguments are those of the reference's `sigmoid_fwd`. The loss () has `dtype`, the gradients of image
     (M, D) and text (N, D) have `saved_dtype`, and scale, bias and their gradients are () fp32.

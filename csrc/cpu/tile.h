@@ -31,7 +31,7 @@ struct FwdSide {
   LogSum neg;
   LogSum pos;      // with labels
   double* pos_z;   // sum of z over the positives
-  float* neg_top;  // largest z over the negatives, -inf if there are none; null: not computed
+  float* neg_top;  // largest z over the negatives, -inf if there are none; null if it is not needed
   float* pos_top;  // the same over the positives, with labels
 };
 
@@ -50,7 +50,7 @@ struct BwdSide {  // see fastclip_bwd_side
 struct SigmoidSide {
   const float* factor;      // inverse norm, for images times scale
   const float* factor_low;  // images: rounding error of factor
-  const float* inv_norm;    // factor of the features, 1 when not normalised
+  const float* inv_norm;    // r_i or c_j, 1 if the features are not normalised
 };
 
 struct SigmoidSums {
@@ -67,7 +67,7 @@ struct Finish {  // from rows of products to gradients
   float* raw;
   int64_t raw_stride;
   const float* inv_norm;  // null if the features are not normalised
-  const float* outer;     // outer factors, see fastclip_cpu_norms; null means ones
+  const float* outer;     // outer factors, see fastclip_cpu_norms; null if all are 1
   float factor;
 };
 

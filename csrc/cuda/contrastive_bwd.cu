@@ -1,6 +1,6 @@
 // Weights gain r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 //
-//   Math      E = 2^(z2 - c2), one exponential per logit
+//   Math      z2_ij = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2), one exponential per logit
 //             c2 = log2(e) c is the constant FASTCLIP_OFFSET2, see tile.cuh
 //             G = E (a_i + b_j) at negatives, a_i = d_i 2^(c2 - lse2_i) and b_j = d_j 2^(c2 - lse2_j)
 //             G = E (a'_i + b'_j) + own_i + own_j at positives with labels, a' and b' from the positives' log-sum-exps

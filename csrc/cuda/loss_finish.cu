@@ -1,7 +1,7 @@
 // Gradients of the features: the products plus the diagonal pairs, projected, scaled and cast. The launch
 // for the last chunk also computes d_scale.
 //
-//   Math      g_k = raw_k + gain own_k factor_k factor'_k other_k, factor' being that of the other side
+//   Math      g_k = raw_k + gain own_k factor_k factor'_k other_k, where factor' is the factor of the other side
 //             out_k = upstream s (g_k - x_k <x_k, g_k> / <x_k, x_k>) inv_k / (factor_k gain)
 //             d_scale = upstream (sum of the tiles' parts / gain + sum_k own_k cosine_k)
 //   Program   one warp per row of the chunk's images and, with the last chunk, of all texts

@@ -1,7 +1,7 @@
 // Weights gain r_i G_ij c_j of a block of the plain case, for an upstream gradient of 1.
 //
 //   Math      G = E (a_i + b_j) with E = 2^(z2 - c2), a_i = d_i 2^(c2 - lse2_i) and b_j = d_j 2^(c2 - lse2_j)
-//             c2 = log2(e) c is the constant FASTCLIP_OFFSET2, see tile.cuh
+//             z2 = log2(e) z, and c2 = log2(e) c is the constant FASTCLIP_OFFSET2, see tile.cuh
 //             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j) if the device requested a repair
 //             G = 0 on the diagonal, because the finish adds those positives in fp32
 //   Program   see tile.cuh, all tiles of a launch use the same one of the two formulas

@@ -1,4 +1,5 @@
-// Gradients of the sigmoid loss, which the forward has computed for an upstream gradient of 1, times the true one.
+// Gradients of the sigmoid loss. The forward has computed them for an upstream gradient of 1. This kernel multiplies
+// them by the upstream gradient.
 //
 //   Math      out = upstream * kept, for the features of both sides and for both scalars
 //   Program   2048 elements of one side per block, 8 per thread, and block 0 also has the scalars

@@ -5,7 +5,7 @@
 namespace fastclip {
 
 // Stores the tile's weights. Every warp stores its own 16 rows of a piece, so that warps need no barrier for it.
-// weigh(row, half, h, c, weights) computes two adjacent weights of a row, whose values are `row`.
+// weigh(row, half, h, c, weights) computes two adjacent weights of a row. `row` holds the row's values of the vectors.
 template <class Op, class Weigh>
 __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh) {
   using S = Stores<Op>;

@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (Op::kSkipsRepairs && repairs(p)) return;
   if (Op::kExact == Exact::alone && !repairs(p)) return;
   unsigned char* raw = dynamic_smem();
-  // The alignment gives the same offset in both CTAs of a cluster, which multicast needs
+  // With this alignment `s` has the same address in the shared memory of both CTAs of a cluster, which multicast needs
   Smem<Op>& s = *reinterpret_cast<Smem<Op>*>(raw + (1024 - smem_address(raw) % 1024) % 1024);
   const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), rank = cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;

@@ -17,7 +17,7 @@ struct PlainCase {
   alignas(128) uint16_t image_copy[kN * kD] = {}, text_copy[kN * kD] = {};
   float scale = 2, loss = 0, upstream = 1, d_scale = 0, raw_image[kN * kD] = {}, raw_text[kN * kD] = {};
   fastclip_cuda_loss_sizes sizes = {};
-  std::vector<double> saved, work, weights;  // aligned to 16 bytes, which is all that the kernels rely on
+  std::vector<double> saved, work, weights;  // aligned to 16 bytes: the kernels need no more, fastclip.h asks for 128
   fastclip_cuda_loss c = {image, text, kD, kD, image, text, kD, kD, kN, kD, 0, 1, &scale, 0.5, 1024, 4, -1, nullptr};
 
   PlainCase() {
