@@ -142,7 +142,7 @@ def _floor_bytes(case: Case) -> float:
 
 
 def _floor(image: Tensor, text: Tensor, case: Case) -> Callable[[], Step]:
-    """Return the unavoidable products of 2 N^2 D operations in fp32, the CPU backend's precision of products. They
+    """Return the loss's matrix products, each of 2 N^2 D operations, in fp32, the CPU backend's precision of products. They
     write to existing memory: logits (twice if the backward pass computes them again) and gradients.
     """
     N, D = image.shape

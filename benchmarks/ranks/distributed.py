@@ -49,7 +49,7 @@ class Case:
 
     @property
     def unit(self) -> float:
-        """Return the unavoidable operations per rank."""
+        """Return the operations of the loss's four matrix products per rank."""
         return 8.0 * self.W * self.local_N**2 * self.D
 
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
