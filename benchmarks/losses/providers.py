@@ -142,8 +142,8 @@ def _floor_bytes(case: Case) -> float:
 
 
 def _floor(image: Tensor, text: Tensor, case: Case) -> Callable[[], Step]:
-    """Return the loss's matrix products, each of 2 N^2 D operations, in fp32, the CPU backend's precision of products. They
-    write to existing memory: logits (twice if the backward pass computes them again) and gradients.
+    """Return the loss's matrix products, each of 2 N^2 D operations, in fp32 as on the CPU backend. They write to
+    existing memory: logits (twice if the backward pass computes them again) and gradients.
     """
     N, D = image.shape
     logits, weights = torch.empty(N, N), torch.randn(N, N)
