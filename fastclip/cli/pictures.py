@@ -51,8 +51,8 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="images with classes: a folder with one subfolder per class, `digits` (the built-in example dataset: "
-        "scikit-learn's handwritten digits), or `hf:NAME` or `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub that "
-        "has a column `label`)",
+        "scikit-learn's handwritten digits), tar shards with class numbers in .cls members, or `hf:NAME` or "
+        "`hf:NAME:SPLIT` (a dataset of the Hugging Face Hub that has a column `label`)",
     )
 
 
@@ -64,8 +64,8 @@ def add_reference(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument(
         "--reference",
         metavar="NAME",
-        help=f"{REFERENCE}: {', '.join(_TOP1[:-1])} or {_TOP1[-1]} (default: the dataset of this list after which the "
-        f"{data} folder is named, or its parent folder if it is a split such as food101/test; otherwise none)",
+        help=f"{REFERENCE}: {', '.join(_TOP1[:-1])} or {_TOP1[-1]} (default: the dataset of this list whose name "
+        f"the {data} folder has, or the folder above a split such as food101/test; otherwise none)",
     )
 
 

@@ -83,10 +83,9 @@ def _plan(args: argparse.Namespace) -> int:
     if largest == plan.pairs:
         print(f"all {largest:,} pairs of a process fit into {readable(memory)} at once; no gradient caching is needed")
     elif largest:
-        print(
-            f"largest micro-batch in {readable(memory)}: {largest:,} of a process's {plan.pairs:,} pairs; use {even:,}"
-            ", a divisor or a power of two"
-        )
+        why = "a power of two" if plan.pairs % even else "which divides them"
+        share = f"{largest:,} of a process's {plan.pairs:,} pairs"
+        print(f"largest micro-batch in {readable(memory)}: {share}; use {even:,}, {why}")
     else:
         helps = ", ".join(remedies(plan, grad_checkpointing=args.grad_checkpointing))
         one = readable(replace(plan, micro_batch=1).total)

@@ -28,7 +28,7 @@ class TrainOptions:
 
     data: str
     """Training data: `digits` (the built-in example dataset: scikit-learn's handwritten digits), a .csv or .tsv file
-    with columns filepath and title, splits of Karpathy's file for COCO or Flickr30K such as
+    with a column of image paths and one of captions, splits of Karpathy's file for COCO or Flickr30K such as
     `dataset_coco.json:train+restval` (images beside the file or in images/ beside it), a folder of images with captions
     or with one subfolder per class, tar shards such as `shards/{0000..0099}.tar` or their URL, `hf:NAME` or
     `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub), or several of these joined by `::`, with weights as in
@@ -58,7 +58,7 @@ class TrainOptions:
     other listed models)."""
     label_smoothing: float | None = None
     """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses,
-    or the value that the train_cfg of a configuration file given as --model sets for the loss that it names)."""
+    unless the train_cfg of a configuration file given as --model sets another value)."""
     image_weight: float | None = None
     """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
     losses)."""

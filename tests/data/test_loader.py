@@ -323,7 +323,10 @@ class Wordy(Gradients):
 
 
 @forked_workers
-@pytest.mark.fault("kill -9 of a program whose workers read", "The workers end too and close its output")
+@pytest.mark.fault(
+    "kill -9 of a program whose workers read",
+    "The workers end too, so that a program that reads its output through a pipe does not wait",
+)
 @pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
 def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
     """Workers end with a killed program, although forked siblings hold both ends of their pipes."""
