@@ -135,7 +135,7 @@ def _served() -> Iterator[Finding]:
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
             if chosen == "reference" and env.backend() != "reference":
-                dense = "reference, slow and large: it stores all N x N similarities"
+                dense = "reference, which is slow and needs much memory: it stores all N x N similarities"
                 yield _finding("served by", name, dense, "see the backends above: no fused backend is available")
             else:
                 yield Finding("served by", name, chosen)
@@ -183,7 +183,10 @@ def _processor() -> Finding:
     if threads < whole and "OMP_NUM_THREADS" in env.in_effect():
         note = "unset OMP_NUM_THREADS, which keeps torch from using the other cores"
     elif contended(threads):
-        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that waiting threads sleep, unless you have set it"
+        note = (
+            "the cores are busy: unless you set OMP_WAIT_POLICY, fastclip's commands set it to PASSIVE, so that "
+            "waiting threads sleep"
+        )
     return Finding("machine", "processor", value, "", note)
 
 
@@ -210,7 +213,7 @@ def _extras() -> Iterator[Finding]:
         try:
             missing = sorted(_missing(lines, extra))
             value = f"lacks {', '.join(missing)}" if missing else "installed"
-        except ModuleNotFoundError:  # no packaging, which every extra installs
+        except ModuleNotFoundError:  # the package `packaging`, which every extra installs, is missing
             value = "not installed"
         advice = (
             ""

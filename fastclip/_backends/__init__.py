@@ -8,7 +8,7 @@ Each backend is a module with the same functions:
     Return None if the backend supports the device and dtype of these features, else the reason why not. `named` is True
     if the caller named the backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
-    Compute the operations on a `Problem` that `reference.py` defines.
+    Compute the operations that `reference.py` defines, on a `Problem`.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
     Compute the mean loss of pairs without labels and its gradients, as `reference.py` defines them. torch.autocast may
     be enabled when they run: pass ``out=`` to products, which autocast does not cast.
@@ -41,7 +41,8 @@ def backends() -> dict[str, str]:
     """Return every backend of this version with ``"available"``, or with the reason why it is not available.
 
     ``"available"`` means that the backend runs on this machine. The documentation lists the devices and dtypes that
-    each backend supports. An explicit ``backend=`` that does not support the features raises an error with the reason.
+    each backend supports. If ``backend=`` names one that does not support the features, the loss raises an error with
+    the reason.
     """
     return {name: module.missing() or "available" for name, module in _BACKENDS.items()}
 

@@ -13,7 +13,7 @@ _TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc (on the PATH)"}
 def mending(name: str, reason: str) -> str:
     """Return advice on how to make backend `name` available, given the `reason` why it is missing, or "" for none."""
     if (clone := bare_clone()) is not None and (str(clone) in reason or "fastclip.triton_kernels" in reason):
-        return f"start Python in another folder, to import the installed package, or pip install --editable {clone}"
+        return f"start Python in another folder, to import the installed package, or run pip install --editable {clone}"
     if "FASTCLIP_CPU_ISA" in reason:
         return "unset FASTCLIP_CPU_ISA"
     if name == "triton":

@@ -1,9 +1,9 @@
-"""The CUDA backend: tile kernels for Hopper (csrc/cuda), which do all work except steps of cost O((M + N) D).
+"""The CUDA backend: tile kernels for Hopper (csrc/cuda), which normally do all work that costs O(M N D).
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
-all other cases the launchers of the Triton backend start these tile kernels instead of Triton's, and the remaining
-kernels are Triton's. They compute norms and reductions, turn weighted sums of features into gradients (the finish), and
-compute a problem again if the range of its logits was too large for the fast kernels (a repair).
+all other cases the launchers of the Triton backend start these tile kernels instead of Triton's. Triton's other kernels
+remain: norms, reductions, and gradients from weighted sums of features (the finish), which cost O((M + N) D). Triton
+also computes a problem again if the range of its logits was too large for the fast kernels (a repair).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def refuses(image: Tensor, named: bool) -> str | None:
     if image.device.type == "cpu" and named and _module is not None and _module.EMULATED:
         return None
     if image.device.type != "cuda":
-        return f"it supports GPU tensors, not {image.device.type}"
+        return f"it supports GPU tensors, not {image.device.type} tensors"
     return _other_gpu(image.get_device())
 
 

@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     text: Tensor  # (N, D)
     scale: Tensor  # ()
     labels: tuple[Tensor, Tensor] | None = None  # (M,), (N,) int32: pairs with equal labels are positives
-    offset: int = 0  # the text of image i is column i + offset: without labels its positive
+    offset: int = 0  # column i + offset is the text of image i, and its only positive if there are no labels
     exclude_self: bool = False  # with labels: pair (i, i + offset) is neither a positive nor a negative
     normalize: bool = True
 

@@ -72,15 +72,15 @@ def refuses(image: Tensor, named: bool) -> str | None:
     if image.dtype not in FUSED_DTYPES:
         return f"it supports float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     if image.device.type == "cpu" and not named:  # before any query of the GPU, which would break forked workers
-        return "it supports GPU tensors, not cpu; its interpreter, for debugging, needs backend='triton'"
+        return "it supports GPU tensors, not CPU tensors (to debug it in Triton's interpreter, pass backend='triton')"
     if reason := import_error():
         return reason
     if not _interpreting():
         if image.device.type != "cuda":
-            return f"it supports GPU tensors, not {image.device.type}"
+            return f"it supports GPU tensors, not {image.device.type} tensors"
         return _old_gpu(image.get_device())
     if image.device.type != "cpu":
-        return f"TRITON_INTERPRET=1 is set: it supports CPU tensors, not {image.device.type}"
+        return f"TRITON_INTERPRET=1 is set: it supports CPU tensors, not {image.device.type} tensors"
     if image.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 with TRITON_INTERPRET=1"
     return None

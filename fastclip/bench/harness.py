@@ -35,7 +35,7 @@ class Case:
     def products(self) -> int:
         """Least number of matrix products, of 2 N^2 D operations each, that the loss needs."""
         if self.loss == "sigmoid":
-            return {"both": 3}[self.mode]  # its forward pass also computes the gradients
+            return {"both": 3}[self.mode]  # the forward pass of the sigmoid loss also computes its gradients
         return {"forward": 1, "backward": 3, "both": 4}[self.mode]
 
     @property
@@ -53,7 +53,8 @@ class Case:
 class Provider:
     """A loss to be timed. `prepare()`, which is not timed, returns the timed step.
 
-    The recorded time is the duration of the step, multiplied by the factor `times`.
+    The recorded time is the duration of the step, multiplied by the factor `times`. If the step does
+    another amount of work than the case, the factor is the ratio of the work of the case to that of the step.
     """
 
     name: str
@@ -126,7 +127,10 @@ def check_columns(path: Path, columns: list[str]) -> None:
 
 
 def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Append rows to a CSV file, each with the columns `about` of the machine. Raise ValueError if columns differ."""
+    """Append rows to a CSV file, each followed by the values of `about`, which describe the machine.
+
+    Raise ValueError if the file has other columns.
+    """
     columns = [*new[0], *about]
     path.parent.mkdir(parents=True, exist_ok=True)
     check_columns(path, columns)

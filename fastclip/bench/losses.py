@@ -18,7 +18,7 @@ SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, bias
 
 
 class CheckFailed(AssertionError):
-    """Raised if the value or the gradients of a provider differ from those of the loss."""
+    """Raised if the value or the gradients of a provider differ from the reference values."""
 
 
 def _dense_softmax(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -73,14 +73,17 @@ def measure(
 
 
 def columns(device: str | None = None) -> list[str]:
-    """Return the columns of a CSV file with the rows and the machine of `measure`. Raise ValueError without the GPU."""
+    """Return the columns of a CSV file that receives the results of `measure`.
+
+    Raise ValueError if `device` is "cuda" and torch sees no GPU.
+    """
     return [*_blank(Case("softmax", "both", 1, 1, "float32")), *_about(_device(device))]
 
 
 def _device(device: str | None) -> str:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU (`fastclip doctor` says more)")
+        raise ValueError("--device cuda: torch sees no GPU (see `fastclip doctor`)")
     return device
 
 
@@ -189,7 +192,7 @@ def _gpu_clock() -> Any:
 
 
 def table(measured: Measured, *, head: bool = True) -> str:
-    """Return aligned lines of text with the speed relative to open_clip, or to the dense formula without open_clip."""
+    """Return aligned lines of text. The speed is relative to open_clip or, if that was not timed, the dense formula."""
     by_provider = {row["provider"]: row for row in measured.rows}
     base = next((name for name in (PEER, FORMULA) if by_provider.get(name, {}).get("median_ms")), None)
     lines = [("N", "loss on", "ms", "p20 to p80", f"x {base or PEER}", "peak MiB")] if head else []

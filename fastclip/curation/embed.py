@@ -149,7 +149,7 @@ def _write_part(embedder: Embedder, part: Source, place: _Place, contents: str, 
     embed_pairs(embedder, part, store, keep, first_caption=True, finite=True, **reading)
     rows = sum(int(part["used"].sum()) for part in store.walk("used"))
     written = _Written(contents, rows, faults_of(store))
-    place.table.unlink(missing_ok=True)  # first, because vectors without a table do not count as finished
+    place.table.unlink(missing_ok=True)  # first, because vectors without a table are treated as unfinished
     if not rows:  # embedding_reader cannot read a file without rows
         for old in place.output.glob(f"*_emb/*_emb_{place.name}.npy"):
             old.unlink()

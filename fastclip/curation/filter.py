@@ -71,12 +71,12 @@ def filter_source(
     The similarity is the cosine of the vectors of an image and a caption. LAION-400M (Schuhmann et al. 2021) keeps
     pairs with a similarity of 0.3 or more, computed by CLIP's ViT-B/32.
 
-    `output` receives the shards of `pack_source`, numbered without gaps. "similarity" in a .json is that of the best
-    caption, and "similarities" lists those of all kept captions if there are several. similarities.parquet has the key,
-    the similarity and the state of every sample of the source. histogram.png shows the similarities of all captions.
-    summary.json holds the returned values. The similarities are stored in `scores`, so that another threshold needs no
-    new embedding. Repeat the same call to resume an interrupted one; the result is byte-identical. A single process
-    does all the work.
+    The kept samples are written to `output`, as shards in the format of `pack_source`, numbered without gaps.
+    "similarity" in a .json is that of the best caption, and "similarities" lists those of all kept captions if there
+    are several. similarities.parquet has the key, the similarity and the state of every sample of the source.
+    histogram.png shows the similarities of all captions. summary.json holds the returned values. The similarities are
+    stored in `scores`, so that another threshold needs no new embedding. Repeat the same call to resume an interrupted
+    one; the result is byte-identical. A single process does all the work.
 
     Args:
         threshold: the least similarity to keep, inclusive and compared in float32. None computes the similarities and

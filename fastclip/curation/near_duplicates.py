@@ -28,7 +28,7 @@ def near_duplicates(
 
     Args:
         features: blocks of vectors, each (k, D) float32, in order.
-        threshold: the least cosine of near duplicates. Values above 0.999999 count as 0.999999, because equal vectors
+        threshold: the least cosine of near duplicates. Values above 0.999999 are reduced to it, because equal vectors
             may not have a product of exactly 1 in float32.
         device: device on which the products are computed.
 

@@ -30,8 +30,8 @@ def picture_places(source: Source) -> Iterator[tuple[str, str]]:
 def picture_states(source: Source) -> Iterator[str]:
     """Yield for each sample a text that changes when its image changes: its place, and the size and time of its file.
 
-    The texts are part of the keys of caches (`fastclip.embedding.features.FeatureStore`). The cost is one `stat` per
-    file; no file is opened.
+    The texts are among the keys of a `fastclip.embedding.features.FeatureStore`. The cost is one `stat` per file. No
+    file is opened.
     """
     for file, inside, state in _files(source):
         yield "\n".join((file, inside, "none" if state is None else file_state(state)))
@@ -71,8 +71,8 @@ def fingerprint(source: Source) -> str:
     """Return 16 hex digits that identify the number, the order, the keys and the captions of the samples.
 
     At most 4,096 keys and 256 captions of each source of a mixture, evenly spread, are taken into account, and no image
-    is read. The folder that all keys of a source share does not count, so that a dataset that was moved, or whose path
-    is spelled differently, keeps its fingerprint.
+    is read. The folder that all keys of a source share is left out, so that a dataset keeps its fingerprint if it is
+    moved, or if its path is spelled differently.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:

@@ -61,8 +61,8 @@ def pack_source(
 
     - "caption", a string, or a list if there are several. With several captions no .txt is written, because readers
       would take it for the only caption.
-    - "key", the "width" and "height" of the upright image, "original", the sample's key in the source, and "label" if
-      it has one.
+    - "key", "width" and "height" of the upright image, "original" (the sample's key in the source), and "label" (if the
+      sample has one).
     - the other fields that `sample_fields` returns. Reading the shards therefore gives the same samples as the source.
 
     Shards of a mixture hold the samples of its first epoch. Samples that cannot be used are left out, and

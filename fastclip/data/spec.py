@@ -91,8 +91,8 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
 
     Args:
         classes: a file with one class name per line, or one of `imagenet.SETS`; default: the names in the data. The
-            names are matched with the classes of the data (`join_names`). The classes of ``.cls`` files have no names:
-            their numbers are indices into the list.
+            names are matched with the classes of the data (`join_names`). If shards have no classnames.txt, the numbers
+            in their ``.cls`` files are indices into the list of names.
         held_out: open the held-out fifth of the digits, as `open_source` does.
 
     Raises:
@@ -268,6 +268,7 @@ def _naming_library(needs: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        # The command line adds the advice which extra to install to messages with this ending
         raise ImportError(f"{needs} the module {error.name}, which is not installed", name=error.name) from error
 
 

@@ -1,4 +1,4 @@
-"""Agreement of the ranks before they compute: shards that do not fit together raise on every rank, and no rank hangs.
+"""Agreement of the ranks before they compute: if their shards do not fit together, every rank raises, and none hangs.
 
 Every call makes one all-gather of a few numbers. This is the only collective whose result the host waits for, and it is
 skipped with `equal_shards=True`.

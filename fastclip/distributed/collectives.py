@@ -79,9 +79,9 @@ def _adds_on_the_way(pg: Any, x: Tensor) -> bool:
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """Sum (sum(sizes), ...) over the ranks, and return the rows of this rank, (sizes[rank], ...).
 
-    NCCL adds the shares while it sends them. It adds in fp32, because a 16-bit sum would be rounded at every rank: over
-    a thousand ranks, the sum would grow so large that rounding removes most of the later shares. With gloo every rank
-    sends its shares to their owner, which sums them in rank order, in fp32.
+    NCCL adds the shares while it sends them. They are first converted to fp32, because a 16-bit sum would be rounded at
+    every rank: over a thousand ranks, the sum would grow so large that rounding removes most of the later shares. With
+    gloo every rank sends its shares to their owner, which sums them in rank order, in fp32.
     """
     pg = resolve(group)
     size, largest = sizes[dist.get_rank(pg)], max(sizes)
@@ -98,7 +98,10 @@ def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def _exchange(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """Exchange (planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at this rank's columns."""
+    """Exchange (planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at this rank's columns.
+
+    A plane holds one value per column, such as one statistic of the logits.
+    """
     pg = resolve(group)
     size, ranks = sizes[dist.get_rank(pg)], len(sizes)
     out = x.new_empty(ranks * size, len(x))
@@ -201,7 +204,10 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | Non
 
 
 def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """Return every rank's values at the columns of this rank: (planes, sum(sizes)) -> (ranks, planes, sizes[rank])."""
+    """Return every rank's values at the columns of this rank: (planes, sum(sizes)) -> (ranks, planes, sizes[rank]).
+
+    A plane holds one value per column, such as one statistic of the logits.
+    """
     return torch.ops.fastclip.exchange_columns(x, sizes, group)
 
 

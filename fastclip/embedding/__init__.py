@@ -1,1 +1,1 @@
-"""Embed whole datasets, resuming after interruptions, and queries that add and subtract texts and images."""
+"""Embed whole datasets, with resumption after interruptions, and combine texts and images into queries."""

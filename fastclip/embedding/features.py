@@ -47,18 +47,19 @@ class FeatureStore:
     number of samples before it, so that several processes with parts of different lengths may fill a store at the same
     time.
 
-    A store exists to resume an interrupted computation; it is not a cache. Call `clear` once the result is written.
+    A store exists only so that an interrupted computation can be resumed, and is not kept for other calls. Call `clear`
+    once the result is written.
 
     The folder's name depends on the embedder and on `keys`, and inputs with equal keys are assumed to be unchanged. For
-    images, use `fastclip.data.identity.picture_states`, whose results contain absolute paths and change when a file is
+    images, use `fastclip.data.identity.picture_states`. Its texts contain absolute paths, and change when a file is
     replaced. A relative path would give the same key in every working directory.
 
     Args:
-        embedder: Embedder that computes the vectors, represented by its identity.
-        keys: Everything else that the result depends on, such as the states of the images, in order. The maximum
+        embedder: embedder that computes the vectors, represented by its identity.
+        keys: everything else that the result depends on, such as the states of the images, in order. The maximum
             number of pixels per image (Pillow's `MAX_IMAGE_PIXELS`) is added if it differs from Pillow's default.
-        folder: Folder in which the store's folder is created (default: ``features`` in FASTCLIP_CACHE).
-        owned: Declare that no other process writes to the store, so that half-written files can be removed at once.
+        folder: folder in which the store's folder is created (default: ``features`` in FASTCLIP_CACHE).
+        owned: declare that no other process writes to the store, so that half-written files can be removed at once.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class FeatureStore:
         tensors holds one sample.
 
         Raises:
-            OSError: The store was created with `folder`, and its disk is full or not writable. The message names the
+            OSError: the store was created with `folder`, and its disk is full or not writable. The message names the
                 file. For a store in FASTCLIP_CACHE, a warning is logged once instead.
         """
         if self._lost:
@@ -155,21 +156,21 @@ def image_features(
     Images that cannot be used are left out, and their number is logged.
 
     Args:
-        embedder: Model to embed the images with.
-        source: Dataset to read the images from.
-        batch_size: Images per forward pass.
-        workers: Worker processes that read images (0: read in this process).
-        store: Store with results of an earlier, interrupted call. Its results are reused, and every few thousand new
+        embedder: model to embed the images with.
+        source: dataset to read the images from.
+        batch_size: images per forward pass.
+        workers: worker processes that read images (0: read in this process).
+        store: store with results of an earlier, interrupted call. Its results are reused, and every few thousand new
             results are added to it.
-        progress: Show a progress bar on stderr.
+        progress: show a progress bar on stderr.
 
     Returns:
         Unit vectors, class labels and indices of the usable images.
 
     Raises:
-        ValueError: The source is empty, `batch_size` is below 1, no image can be used, or an unusable image and 99
+        ValueError: the source is empty, `batch_size` is below 1, no image can be used, or an unusable image and 99
             random others, which are tried as its replacement in the batch, are all unusable.
-        OSError: A file of the source cannot be read.
+        OSError: a file of the source cannot be read.
     """
     parts = store.parts() if store is not None else []
     size, done = len(source), min(len(source), sum(len(part["used"]) for part in parts))
@@ -208,11 +209,11 @@ def text_features(
     """Embed N texts as unit vectors (N, D), in order.
 
     Args:
-        embedder: Model to embed the texts with.
-        texts: The texts.
-        batch_size: Texts per forward pass.
-        store: Store with results of an earlier, interrupted call, as in `image_features`.
-        progress: Show a progress bar on stderr.
+        embedder: model to embed the texts with.
+        texts: the texts.
+        batch_size: texts per forward pass.
+        store: store with results of an earlier, interrupted call, as in `image_features`.
+        progress: show a progress bar on stderr.
 
     Raises:
         ValueError: `batch_size` is below 1.

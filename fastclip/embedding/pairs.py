@@ -52,19 +52,19 @@ def embed_pairs(
     a resumed call gives the same bits as an uninterrupted one.
 
     Args:
-        embedder: Model to embed images and captions with.
-        source: Dataset to read the samples from.
-        store: Store to fill; its existing parts are reused.
-        keep: Function from the pairs of a part to the tensors to store.
-        first_caption: Use only the first caption of each sample.
-        finite: Leave out samples whose vectors are not finite. Samples must have at most one text vector each, so this
+        embedder: model to embed images and captions with.
+        source: dataset to read the samples from.
+        store: store to fill; its existing parts are reused.
+        keep: function from the pairs of a part to the tensors to store.
+        first_caption: use only the first caption of each sample.
+        finite: leave out samples whose vectors are not finite. Samples must have at most one text vector each, so this
             requires `first_caption`, unless the source has no captions at all.
-        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
+        batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
 
     Raises:
-        ValueError: The source is empty, `batch_size` is below 1, or the source is damaged.
-        OSError: A file of the source cannot be read, or the store cannot be written.
-        ChildProcessError: A worker process was killed.
+        ValueError: the source is empty, `batch_size` is below 1, or the source is damaged.
+        OSError: a file of the source cannot be read, or the store cannot be written.
+        ChildProcessError: a worker process was killed.
     """
     if not len(source):
         raise ValueError(f"{source.spec} is empty")

@@ -56,12 +56,12 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
     """Parse a query such as ``"2:golden retriever + ./pool.jpg - fruit"``, which has three terms.
 
     Args:
-        query: The query. A term is an image if `picture_path` finds its file.
-        add: Further terms to add, in which operators are not interpreted.
-        subtract: Further terms to subtract, in which operators are not interpreted.
+        query: the query. A term is an image if `picture_path` finds its file.
+        add: further terms to add, in which operators are not interpreted.
+        subtract: further terms to subtract, in which operators are not interpreted.
 
     Raises:
-        ValueError: A term is empty or badly quoted (`parse_texts`), names an image that does not exist
+        ValueError: a term is empty or badly quoted (`parse_texts`), names an image that does not exist
             (`picture_path`), or is not UTF-8.
     """
     terms = parse_terms(query)
@@ -79,7 +79,7 @@ def parse_texts(query: str) -> list[Term]:
     """Parse a query in which every term is a text, for callers that must not name files.
 
     Raises:
-        ValueError: A term is empty, or begins with a quote that is not closed at its end. The message names the query.
+        ValueError: a term is empty, or begins with a quote that is not closed at its end. The message names the query.
     """
     (_, first), *others = split_at(query, "+", "-")
     signed = [(1, first)] if first.strip() or not others else []  # empty if the query begins with an operator
@@ -108,7 +108,7 @@ def picture_path(text: str) -> Path | None:
     in the suffix of an image, or if an image file of this name exists.
 
     Raises:
-        ValueError: The term can only be an image, but the file does not exist; or it is the address of a web page.
+        ValueError: the term can only be an image, but the file does not exist; or it is the address of a web page.
     """
     if re.match("https?://", text):
         raise ValueError(f"{text}: an image to search by must be a local file: download it first")
@@ -140,7 +140,7 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
     tool rclip scores images in the same way.
 
     Raises:
-        ValueError: A weight is not finite, the terms cancel each other, or the sum is out of the range of float32.
+        ValueError: a weight is not finite, the terms cancel each other, or the sum is out of the range of float32.
     """
     weights = list(weights)
     if not all(map(math.isfinite, weights)):

@@ -75,11 +75,11 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
     Samples whose captions cannot be used are left out, and their number is logged.
 
     Args:
-        source: Dataset to group.
-        captions: Maximum number of captions per image, of which the first ones are taken (default: all).
+        source: dataset to group.
+        captions: maximum number of captions per image, of which the first ones are taken (default: all).
 
     Raises:
-        ValueError: No image has a usable caption.
+        ValueError: no image has a usable caption.
     """
     firsts: dict[tuple[str, str], int] = {}
     captions_of: dict[tuple[str, str], list[str]] = {}
@@ -111,16 +111,16 @@ def picture_features(
     """Embed the images of a source, keeping the progress in a store.
 
     Args:
-        embedder: Model to embed the images with.
-        source: Dataset to read the images from.
-        folder: Folder for the store (default: FASTCLIP_CACHE).
-        **options: Further options of `image_features`.
+        embedder: model to embed the images with.
+        source: dataset to read the images from.
+        folder: folder for the store (default: FASTCLIP_CACHE).
+        **options: further options of `image_features`.
 
     Returns:
         The features, and the store to `clear` once the result is written.
 
     Raises:
-        ValueError: No image can be used, or no feature is finite.
+        ValueError: no image can be used, or no feature is finite.
     """
     store = FeatureStore(embedder, ["pictures", *source.class_names, *picture_states(source)], folder=folder)
     images = image_features(embedder, source, store=store, **options)
@@ -145,12 +145,12 @@ def evaluate_retrieval(
     caption, that caption is a wrong answer that ties with the right one, and counts against the model.
 
     Args:
-        embedder: Model to evaluate.
-        source: Dataset with captions.
-        captions: Maximum number of captions per image, of which the first ones are taken (default: all).
-        unique: Merge identical captions into one that belongs to all of their images.
-        batch_size, workers, progress: As in `image_features`.
-        folder: Folder for the progress (default: FASTCLIP_CACHE). An interrupted evaluation continues from there when
+        embedder: model to evaluate.
+        source: dataset with captions.
+        captions: maximum number of captions per image, of which the first ones are taken (default: all).
+        unique: merge identical captions into one that belongs to all of their images.
+        batch_size, workers, progress: as in `image_features`.
+        folder: folder for the progress (default: FASTCLIP_CACHE). An interrupted evaluation continues from there when
             it is started again.
 
     Returns:
@@ -158,7 +158,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: `captions` is below 1, or no image can be used.
-        OSError: A file of the source cannot be read.
+        OSError: a file of the source cannot be read.
     """
     if captions is not None and captions < 1:
         raise ValueError(f"captions must be at least 1, got {captions}")

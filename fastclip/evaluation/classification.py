@@ -38,11 +38,11 @@ def labelled(images: ImageFeatures, spec: str) -> ImageFeatures:
     """Return only the images that have a class, and log the number of the others.
 
     Args:
-        images: Features of images.
-        spec: Name of the dataset in messages.
+        images: features of images.
+        spec: name of the dataset in messages.
 
     Raises:
-        ValueError: No image has a class.
+        ValueError: no image has a class.
     """
     has_class = images.labels >= 0
     if not bool(has_class.any()):
@@ -66,10 +66,10 @@ def class_ranks(features: Tensor, classes: Tensor, labels: Tensor, class_names: 
     ordered by index, so that the first one is predicted, as with argmax.
 
     Args:
-        features: Features of the images, (K, D).
-        classes: Class embeddings, (C, D).
-        labels: True classes, (K,) int64, each below C.
-        class_names: Names of the C classes.
+        features: features of the images, (K, D).
+        classes: class embeddings, (C, D).
+        labels: true classes, (K,) int64, each below C.
+        class_names: names of the C classes.
     """
     namesakes = _namesakes(class_names, labels.device)[labels]
     picture, column = (namesakes >= 0).nonzero(as_tuple=True)
@@ -88,8 +88,8 @@ def predicted_classes(
     cosines are equal to within 2^-20, the first is predicted. No K x C matrix is stored.
 
     Args:
-        features, classes, labels, class_names: As in `class_ranks`.
-        ranks: The result of `class_ranks`, (K,) int64.
+        features, classes, labels, class_names: as in `class_ranks`.
+        ranks: the result of `class_ranks`, (K,) int64.
     """
     namesakes = _namesakes(class_names, labels.device)[labels]
     rows, strangers = max(1, _CHUNK // max(1, len(classes))), []
@@ -128,8 +128,8 @@ def score_ranks(scores: Tensor, labels: Tensor, *, size: float = 0.0) -> Tensor:
 
     Args:
         scores: (N, C) float.
-        labels: True classes, (N,) int64.
-        size: Upper bound of the scores (`ImageClassifier.largest_score`).
+        labels: true classes, (N,) int64.
+        size: upper bound of the scores (`ImageClassifier.largest_score`).
     """
     least = least_alike(scores.gather(1, labels[:, None]), size)
     return (~(scores < least)).sum(1) - 1  # `scores >= least` would be False for NaN, in favour of the model
@@ -142,9 +142,9 @@ def classification_metrics(ranks: Tensor, labels: Tensor, classes: int) -> dict[
     have images, which equals scikit-learn's `balanced_accuracy_score`.
 
     Args:
-        ranks: Ranks of the true classes, (K,) int64, from `class_ranks` or `score_ranks`.
-        labels: True classes, (K,) int64, each below `classes`.
-        classes: Number of classes.
+        ranks: ranks of the true classes, (K,) int64, from `class_ranks` or `score_ranks`.
+        labels: true classes, (K,) int64, each below `classes`.
+        classes: number of classes.
     """
     pictures = labels.bincount(minlength=classes)
     hits = labels[ranks == 0].bincount(minlength=classes)
@@ -169,17 +169,17 @@ def classifier_accuracies(
     """Evaluate a classifier on all images of a source that can be used and have a class.
 
     Args:
-        classifier: The classifier, which is put into eval mode.
-        embedder: Source of the image transform, the precision and the device.
-        source: Dataset with the classifier's classes.
-        batch_size, workers, progress: As in `image_features`.
+        classifier: the classifier, which is put into eval mode.
+        embedder: source of the image transform, the precision and the device.
+        source: dataset with the classifier's classes.
+        batch_size, workers, progress: as in `image_features`.
 
     Returns:
         The `classification_metrics`.
 
     Raises:
-        ValueError: The source is empty or damaged, no image can be used, or its classes differ from the classifier's.
-        OSError: A file of the source cannot be read.
+        ValueError: the source is empty or damaged, no image can be used, or its classes differ from the classifier's.
+        OSError: a file of the source cannot be read.
     """
     if tuple(source.class_names) != classifier.class_names:
         raise ValueError(f"{source.spec} has other classes than the classifier ({len(source.class_names)} classes)")

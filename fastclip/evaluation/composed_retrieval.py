@@ -58,7 +58,7 @@ def parse_query(line: str) -> Query:
     The part before ``=>`` is a query in the grammar of `fastclip.embedding.query`. The target after it is optional.
 
     Raises:
-        ValueError: The query is invalid (`parse_terms`), or ``=>`` is not followed by exactly one target.
+        ValueError: the query is invalid (`parse_terms`), or ``=>`` is not followed by exactly one target.
     """
     line = line.strip()
     (_, asked), *targets = split_at(line, "=>")
@@ -75,8 +75,8 @@ def read_queries(path: str | Path) -> list[Query]:
     """Read a file with one query per line (`parse_query`), ignoring blank lines and lines that begin with #.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: A line is not a valid query, or the file contains no query. The message names the line.
+        OSError: the file cannot be read.
+        ValueError: a line is not a valid query, or the file contains no query. The message names the line.
     """
     queries = []
     for number, line in enumerate(read_lines(path), 1):
@@ -108,17 +108,17 @@ def compose(
     by `fastclip.embedding.query.picture_path`.
 
     Args:
-        embedder: Model to embed images and texts with.
-        source: Dataset to search.
-        queries: The queries.
-        top: Number of images per answer.
-        batch_size, workers, progress: As in `image_features`.
-        folder: Folder for the progress (default: FASTCLIP_CACHE).
+        embedder: model to embed images and texts with.
+        source: dataset to search.
+        queries: the queries.
+        top: number of images per answer.
+        batch_size, workers, progress: as in `image_features`.
+        folder: folder for the progress (default: FASTCLIP_CACHE).
 
     Raises:
         ValueError: `top` is below 1, a named image or target does not exist or cannot be used, the terms of a query
             cancel each other or their sum is out of range (`unit_sum`), or no image can be used.
-        OSError: A file of the source cannot be read.
+        OSError: a file of the source cannot be read.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")

@@ -22,9 +22,9 @@ def write_sheet(path: str | Path, composed: Composed, *, queries: int = 50) -> N
     The target is marked by a frame.
 
     Args:
-        path: Output path.
-        composed: Results of `fastclip.evaluation.composed_retrieval.compose`.
-        queries: Maximum number of queries, of which the first ones are shown.
+        path: output path.
+        composed: results of `fastclip.evaluation.composed_retrieval.compose`.
+        queries: maximum number of queries, of which the first ones are shown.
     """
     answers = composed.answers[:queries]
     columns = max(len(answer.pictures) for answer in answers)

@@ -85,22 +85,22 @@ def linear_probe(
     which L-BFGS converges even for small lambdas.
 
     Args:
-        embedder: Model to evaluate.
-        train: Training split.
-        test: Test split, with the same classes.
-        val: Validation split (default: a fifth of `train`, stratified by class and drawn with `seed`).
+        embedder: model to evaluate.
+        train: training split.
+        test: test split, with the same classes.
+        val: validation split (default: a fifth of `train`, stratified by class and drawn with `seed`).
         features: "tower" for the features before the projection, as in the paper, or "embedding" for the unit vectors,
             as in CLIP_benchmark.
-        metric: Metric that lambda is selected by.
-        seed: Seed of the default validation split, from 0 to 2^32 - 1.
-        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
-        stores: List that receives the stores of embedded images and finished fits, with which an interrupted probe can
+        metric: metric that lambda is selected by.
+        seed: seed of the default validation split, from 0 to 2^32 - 1.
+        batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
+        stores: list that receives the stores of embedded images and finished fits, with which an interrupted probe can
             be resumed. Clear them once the result is written. With None, nothing is stored.
 
     Raises:
-        ValueError: A source has no classes, the classes of the sources differ, the training images have fewer than two
+        ValueError: a source has no classes, the classes of the sources differ, the training images have fewer than two
             classes, a class is too small to be split, features are not finite, or the seed is out of range.
-        OSError: A file of a source cannot be read.
+        OSError: a file of a source cannot be read.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
@@ -139,7 +139,7 @@ def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, flo
     eighth of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
 
     Args:
-        score: Function from lambda to the score.
+        score: function from lambda to the score.
 
     Returns:
         The best lambda, and every lambda that was tried, with its score, in the order of the calls.
@@ -169,9 +169,9 @@ def _resumed_sweep(
     The store needs no lambdas, because the sweep always tries the same ones in the same order.
 
     Args:
-        fit: Function from lambda to the score and whether the fit converged.
-        store: Store of finished fits, or None.
-        bar: Progress bar, which moves once per fit.
+        fit: function from lambda to the score and whether the fit converged.
+        store: store of finished fits, or None.
+        bar: progress bar, which moves once per fit.
 
     Returns:
         The best lambda, all lambdas with their scores, and the number of fits that did not converge.
@@ -249,10 +249,10 @@ def _check_sources(sources: Sequence[Source]) -> None:
     """Check that all splits have the same classes, and warn if images of the test split are also in another split.
 
     Args:
-        sources: Training split, test split and, optionally, validation split.
+        sources: training split, test split and, optionally, validation split.
 
     Raises:
-        ValueError: A split has no classes, or the classes differ.
+        ValueError: a split has no classes, or the classes differ.
     """
     train, test = sources[:2]
     for source in sources:

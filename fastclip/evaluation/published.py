@@ -70,7 +70,7 @@ def top1(dataset: str) -> dict[str, float]:
     """Return the published accuracies (`TOP1`) on a dataset, in per cent by model.
 
     Raises:
-        ValueError: There are no published results for the dataset.
+        ValueError: there are no published results for the dataset.
     """
     if dataset not in _DATASETS:
         raise ValueError(f"there are no published results for {dataset!r}: choose one of {', '.join(_DATASETS)}")

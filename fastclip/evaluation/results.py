@@ -19,12 +19,12 @@ def result(
     """Return a result as a dictionary in the format of CLIP_benchmark (LAION, ``clip_benchmark/cli.py``).
 
     Args:
-        dataset: Name of the dataset.
+        dataset: name of the dataset.
         task: ``zeroshot_classification``, ``zeroshot_retrieval``, ``linear_probe`` ...
-        model: Name of the model.
-        pretrained: Name of the weights.
-        metrics: Metrics under CLIP_benchmark's names.
-        **more: Further values, for which CLIP_benchmark has no key.
+        model: name of the model.
+        pretrained: name of the weights.
+        metrics: metrics under CLIP_benchmark's names.
+        **more: further values, for which CLIP_benchmark has no key.
     """
     return {
         "dataset": dataset,

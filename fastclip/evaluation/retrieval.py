@@ -56,15 +56,15 @@ def retrieval_recalls(
             the features are float64.
         text_features: (N, D).
         pairs: (P, 2) int64, indices (image, text) that belong together.
-        ks: Values of K, each at least 1. They may exceed M and N.
-        chunk: Side of the tiles in which similarities are computed (default: 1,024 on a CPU, 4,096 on a GPU).
+        ks: values of K, each at least 1. They may exceed M and N.
+        chunk: side of the tiles in which similarities are computed (default: 1,024 on a CPU, 4,096 on a GPU).
 
     Returns:
         For each K, ``image_retrieval_recall@K``, the share of the texts that are hits, and ``text_retrieval_recall@K``,
         the share of the images. The keys are those of CLIP_benchmark (LAION, ``metrics/zeroshot_retrieval.py``).
 
     Raises:
-        ValueError: Shapes do not fit, a K or the chunk is below 1, there are no pairs, or an index is out of range.
+        ValueError: shapes do not fit, a K or the chunk is below 1, there are no pairs, or an index is out of range.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"ks must be at least 1, got {tuple(ks)}")
@@ -97,10 +97,10 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
         queries: (Q, D) float.
         items: (N, D) float.
         pairs: (P, 2) int64, indices (query, item) that belong together.
-        chunk: As in `retrieval_recalls`.
+        chunk: as in `retrieval_recalls`.
 
     Raises:
-        ValueError: Shapes do not fit, the chunk is below 1, or an index is out of range.
+        ValueError: shapes do not fit, the chunk is below 1, or an index is out of range.
     """
     return _ranks(queries, items, pairs, chunk, both=False)[0]
 
@@ -111,8 +111,8 @@ def retrieval_ranks(
     """Compute the ranks of both directions in one pass.
 
     Args:
-        image_features, text_features, pairs, chunk: As in `retrieval_recalls`.
-        progress: Show a progress bar on stderr.
+        image_features, text_features, pairs, chunk: as in `retrieval_recalls`.
+        progress: show a progress bar on stderr.
 
     Returns:
         `best_ranks` of the images among the texts (M,), and of the texts among the images (N,).
@@ -132,14 +132,14 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     Args:
         queries: (Q, D) float, compared in float32.
         items: (N, D) float.
-        k: Number of items, at least 1. K is the smaller one of `k` and N.
-        chunk: As in `retrieval_recalls`.
+        k: number of items, at least 1. K is the smaller one of `k` and N.
+        chunk: as in `retrieval_recalls`.
 
     Returns:
         Cosines (Q, K) float32 and indices (Q, K) int64, the best first.
 
     Raises:
-        ValueError: Shapes do not fit, or `k` or the chunk is below 1.
+        ValueError: shapes do not fit, or `k` or the chunk is below 1.
     """
     _check(queries, items, torch.empty(0, 2, dtype=torch.int64), chunk)
     if k < 1:
@@ -195,8 +195,8 @@ def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
 
     Args:
         similarities: (B, N) float32, of the items from index `first` on.
-        first: Index of the first item.
-        groups: As in `_best_keys`.
+        first: index of the first item.
+        groups: as in `_best_keys`.
 
     Returns:
         (B, N) int64: the similarity in the upper 32 bits, the inverted index in the lower ones.
@@ -242,10 +242,10 @@ class _Ranking:
     """Count, tile by tile, the items that are at least as similar to each row as the best item that belongs to it.
 
     Args:
-        rows: Row of each pair, (P,) int64.
-        cosines: Cosine of each pair, (P,).
-        size: Number of rows.
-        others: Number of items that the rows are compared with.
+        rows: row of each pair, (P,) int64.
+        cosines: cosine of each pair, (P,).
+        size: number of rows.
+        others: number of items that the rows are compared with.
     """
 
     def __init__(self, rows: Tensor, cosines: Tensor, size: int, others: int) -> None:
@@ -326,7 +326,7 @@ def check_finite(features: Tensor, what: str) -> None:
     """Log how many rows of features (B, D) are not finite; `what` names the data in the message.
 
     Raises:
-        ValueError: No row is finite, so that metrics would say nothing about the model.
+        ValueError: no row is finite, so that metrics would say nothing about the model.
     """
     finite = int(features.isfinite().all(1).sum())
     if not finite and len(features):

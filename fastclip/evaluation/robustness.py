@@ -58,17 +58,17 @@ def robustness(
     Each class is embedded once for all datasets.
 
     Args:
-        embedder: Model to evaluate.
-        folders: Mapping from names in `SETS` to folders with one subfolder per class. For ImageNet-R and ImageNet-A,
+        embedder: model to evaluate.
+        folders: mapping from names in `SETS` to folders with one subfolder per class. For ImageNet-R and ImageNet-A,
             only their 200 classes are candidates.
-        templates: Captions with ``{}`` in place of a class name (default: CLIP's 80 templates).
-        pretrained, batch_size, workers, progress, stores: As in `zero_shot`.
+        templates: captions with ``{}`` in place of a class name (default: CLIP's 80 templates).
+        pretrained, batch_size, workers, progress, stores: as in `zero_shot`.
 
     Returns:
         One result per dataset (`fastclip.evaluation.results.result`), in the order of `SETS`.
 
     Raises:
-        ValueError: No folder is given, a folder contains a class that does not belong to its dataset, or a folder
+        ValueError: no folder is given, a folder contains a class that does not belong to its dataset, or a folder
             contains exactly the classes of ImageNet-R or -A but is given as another dataset. The message names the
             folder, before anything is computed.
     """
@@ -144,12 +144,12 @@ def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
     are drawn at these limits.
 
     Args:
-        path: Output path.
-        top1: Mapping from names in `SETS` to top-1 accuracies in per cent.
-        name: Name of the model.
+        path: output path.
+        top1: mapping from names in `SETS` to top-1 accuracies in per cent.
+        name: name of the model.
 
     Raises:
-        ValueError: The accuracy on ImageNet is missing, or that on all other datasets.
+        ValueError: the accuracy on ImageNet is missing, or that on all other datasets.
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure

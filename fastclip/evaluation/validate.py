@@ -55,24 +55,24 @@ def validate(
     restored. To use autocast, call the function in an autocast context.
 
     Args:
-        model: A `DualEncoder`, or a wrapper with ``encode_image`` (images (B, 3, H, W) -> features (B, D)),
+        model: a `DualEncoder`, or a wrapper with ``encode_image`` (images (B, 3, H, W) -> features (B, D)),
             ``encode_text`` (token ids (B, L) -> features (B, D)) and ``logit_scale`` (inputs are moved to its device).
-        source: Dataset with at least one sample.
-        transform: Deterministic image transform, a PIL image -> (3, H, W) float32.
-        tokenize: Tokenizer, B texts -> token ids (B, L).
-        batch_size: Images or captions per forward pass on each rank.
-        workers: Worker processes that read images (0: read in this process).
-        group: Process group. Every rank must call the function with the same source; each encodes its share, in the
+        source: dataset with at least one sample.
+        transform: deterministic image transform, a PIL image -> (3, H, W) float32.
+        tokenize: tokenizer, B texts -> token ids (B, L).
+        batch_size: images or captions per forward pass on each rank.
+        workers: worker processes that read images (0: read in this process).
+        group: process group. Every rank must call the function with the same source; each encodes its share, in the
             same number of batches. With None, this process encodes all samples.
-        max_samples: Maximum number of samples, spread evenly over the source (default: all).
+        max_samples: maximum number of samples, spread evenly over the source (default: all).
 
     Returns:
         Metrics by name, each from 0 to 1, with the same values on every rank.
 
     Raises:
-        ValueError: The source is empty or damaged, an option is not positive, or a sample is unusable and so are
+        ValueError: the source is empty or damaged, an option is not positive, or a sample is unusable and so are
             all 99 random samples that are tried in its place.
-        OSError: A file of the source cannot be read.
+        OSError: a file of the source cannot be read.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:
@@ -113,10 +113,10 @@ def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, te
     """Compute the metrics of `validate` from features.
 
     Args:
-        image_features: Unit vectors of the images, (M, D).
-        labels: Classes of the images, (M,) int64, -1 for images without a class.
-        text_features: Unit vectors of `texts`, (N, D).
-        texts: The result of `texts_of`.
+        image_features: unit vectors of the images, (M, D).
+        labels: classes of the images, (M,) int64, -1 for images without a class.
+        text_features: unit vectors of `texts`, (N, D).
+        texts: the result of `texts_of`.
     """
     metrics = {}
     has_class = labels >= 0
@@ -164,10 +164,10 @@ def _image_features(
     """Encode this rank's batches, and gather the results of all ranks in the order of the samples.
 
     Args:
-        model: As in `validate`.
-        batches: This rank's batches of images, indices (-1 if unusable) and labels.
-        size: Number of samples of the source.
-        group: Process group or None.
+        model: as in `validate`.
+        batches: this rank's batches of images, indices (-1 if unusable) and labels.
+        size: number of samples of the source.
+        group: process group or None.
 
     Returns:
         Unit vectors (K, D), labels (K,), -1 for images without a class, and indices of the K usable samples.

@@ -57,19 +57,19 @@ def zero_shot(
     """Classify the images of a source by captions of its classes (Radford et al. 2021, section 3.1).
 
     Args:
-        embedder: Model to evaluate.
-        source: Dataset with classes.
-        templates: Captions with ``{}`` in place of a class name.
-        classes: Class embeddings (C, D) (default: computed by `class_embeddings`).
-        dataset: Name of the dataset in the result (default: the source's).
-        pretrained: Name of the weights in the result.
-        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
-        stores: List that receives the stores with which an interrupted call can be resumed. Clear them once the result
+        embedder: model to evaluate.
+        source: dataset with classes.
+        templates: captions with ``{}`` in place of a class name.
+        classes: class embeddings (C, D) (default: computed by `class_embeddings`).
+        dataset: name of the dataset in the result (default: the source's).
+        pretrained: name of the weights in the result.
+        batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
+        stores: list that receives the stores with which an interrupted call can be resumed. Clear them once the result
             is written. With None, nothing is stored.
 
     Raises:
-        ValueError: The source has no classes, no image has a class, or no image can be used.
-        OSError: A file of the source cannot be read.
+        ValueError: the source has no classes, no image has a class, or no image can be used.
+        OSError: a file of the source cannot be read.
     """
     names = source.class_names
     if not names:
@@ -119,10 +119,10 @@ def class_embeddings(
     The method is that of Radford et al. 2021, section 3.1.4. Classes of the same name have bitwise equal vectors.
 
     Args:
-        embedder: Model to embed the captions with.
-        class_names: Names of the C classes.
-        templates: Captions with ``{}`` in place of the class name.
-        stores, progress: As in `zero_shot`.
+        embedder: model to embed the captions with.
+        class_names: names of the C classes.
+        templates: captions with ``{}`` in place of the class name.
+        stores, progress: as in `zero_shot`.
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(class_names))}
     captions = [template.format(name) for name in names for template in templates]
@@ -137,8 +137,8 @@ def class_accuracies(answers: ZeroShot, class_names: Sequence[str]) -> list[dict
     """List the accuracy of every class.
 
     Args:
-        answers: The result of `zero_shot`.
-        class_names: Names of the source's classes.
+        answers: the result of `zero_shot`.
+        class_names: names of the source's classes.
 
     Returns:
         One dictionary per class with its ``name``, the number of ``images``, ``acc1`` (None without images), and

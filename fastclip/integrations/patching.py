@@ -123,7 +123,7 @@ class Calls:
         return bool(names)
 
     def warn_once(self, message: str) -> None:
-        """Log a warning the first time, because every step would repeat it."""
+        """Log a warning only once, because otherwise every step would repeat it."""
         if message not in self._messages:
             self._messages.add(message)
             logger.warning("%s", message)
@@ -133,7 +133,7 @@ def check_version(package: str, version: str, oldest: tuple[int, int], newest: t
     """Check that the major and minor numbers of `version` are between `oldest` and `newest`, inclusive.
 
     Raises:
-        RuntimeError: the version is outside. The message offers `instead`, an instruction, as the alternative.
+        RuntimeError: the version is outside this range. The message offers the instruction `instead` as an alternative.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and oldest <= (int(numbers[1]), int(numbers[2])) <= newest:

@@ -41,17 +41,18 @@ def patch_transformers(*, group: Any = None) -> None:
     accelerate prepares the model. `fastclip.integrations.unpatch` undoes the patch. A second call changes the group.
 
     Args:
-        group: a process group, or "world" for the group of all processes, which is looked up when the loss is computed
-            (without `torch.distributed`: this process alone). The loss then covers the pairs of all processes of the
-            group, as in `fastclip.contrastive_loss` and `sigmoid_loss` with ``group``: each process returns its share,
-            and DDP's mean of the gradients is the gradient of the whole batch.
+        group: a process group, or "world" for the group of all processes, which is looked up when the loss is computed.
+            The loss then covers the pairs of all processes of the group, as in `fastclip.contrastive_loss` and
+            `sigmoid_loss` with ``group``: each process returns its share, and DDP's mean of the gradients is the
+            gradient of the whole batch. If `torch.distributed` is not initialised when the loss is computed, "world"
+            is this process alone.
 
     Raises:
         ImportError: transformers is not installed.
         ValueError: the group is a string other than "world", or this process is not a member of it.
         TypeError: the group is not a process group.
-        RuntimeError: the version of transformers is not 5.0 to 5.24, a forward was changed, or a group is given but
-            `torch.distributed` is not available or not initialised. Nothing is replaced.
+        RuntimeError: the version of transformers is not 5.0 to 5.24, a forward was changed, or `group` is a process
+            group (not "world") but `torch.distributed` is not available or not initialised. Nothing is replaced.
     """
     from transformers import __version__ as version
 
@@ -154,7 +155,7 @@ def _resolved(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_with(image_encoder: str, text_encoder: str) -> Callable[..., tuple[Any, Any, Tensor, Tensor]]:
-    """Return an encoder that calls the same attributes of a model as its forward, which a subclass may replace."""
+    """Return an encoder that calls these attributes, which subclasses may replace, as the model's forward does."""
 
     def encode(
         self: Any,

@@ -79,7 +79,7 @@ def plain_problem(image: Any, text: Any, logit_scale: Any, logit_bias: Any = Non
     """Return paired features (N, D) and scalars in the form that the ops take, or None if they need the full checks.
 
     None is returned for anything unusual: invalid arguments, tensor subclasses, torch.func transforms. These few tests
-    cost a tenth of the full checks, whose time on the host limits a step with few rows.
+    take a tenth of the time of the full checks, which would limit the speed of a step with few rows.
     """
     if (
         type(image) not in TENSORS
@@ -136,7 +136,7 @@ def check_labels(
 
 
 def check_share(name: str, value: Any) -> float:
-    """Return `value`, a weight or fraction in [0, 1] as a number or a tensor of one element, as a float."""
+    """Return as a float a weight or fraction in [0, 1], which is given as a number or a tensor of one element."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise TypeError(f"{name} does not receive a gradient: pass {name}.item()")
@@ -162,7 +162,7 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
-    """Raise those errors before the ranks communicate that would otherwise stop one rank while the others wait for it.
+    """Before the ranks communicate, raise the errors that would otherwise stop one rank while the others wait for it.
 
     Raise RuntimeError if the backend does not support features like `image`, or under torch.func transforms and
     forward-mode derivatives, which the collectives do not support. Raise ValueError if the workspace size in the
@@ -184,9 +184,10 @@ def can_be_read(x: Tensor) -> bool:
 
 
 def number(name: str, value: Any, allowed: str = "a number") -> float:
-    """Return a real number of Python, numpy (including arrays of one element) or torch's symbolic shapes as a float.
+    """Return a real number as a float.
 
-    TypeError for anything else, including True and False. Its message names what is `allowed`.
+    The number may be one of Python, of numpy (including an array of one element) or of torch's symbolic shapes. Raise
+    TypeError for anything else, including True and False. The message names what is `allowed`.
     """
     if isinstance(value, (float, torch.SymFloat)):
         return value  # type: ignore[return-value]

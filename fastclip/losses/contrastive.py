@@ -101,9 +101,9 @@ def contrastive_loss(
             text (N,), not weighted).
         group: `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
             The features and labels are then this rank's shard of the batch. Shards may differ in size or be empty.
-            Without labels, image i of a rank belongs to its text i. The features of an empty shard must require
-            gradients if the features of other ranks do. Call ``init_process_group`` first: before this call, WORLD is
-            None, and the loss is that of this process alone.
+            Without labels, image i of a rank belongs to text i of the same rank. The features of an empty shard must
+            require gradients if the features of other ranks do. Call ``init_process_group`` first: before this call,
+            WORLD is None, and the loss is that of this process alone.
         comm: how a rank obtains the texts of the other ranks. "gather": every rank holds all texts, N x D, with one
             all-gather in the forward and one reduce-scatter in the backward pass. "ring": texts pass from rank to rank
             while the previous block is computed, and a rank holds a few shards at a time.
@@ -120,12 +120,11 @@ def contrastive_loss(
         If ``group`` is given, rank r of W returns
         L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts' losses / N), where M and N count the images
         and texts of the whole batch (with labels, only those that have a positive). Gradients are those of the sum of
-        all L_r. The mean over ranks that DDP or FSDP takes of the
-        gradients is therefore exactly the gradient of the whole batch's mean loss, for the encoders and for
-        ``logit_scale``. To log the batch's loss, average L_r over the ranks: call
-        ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` on a detached copy. gloo has no AVG: use SUM and divide by
-        W. With "sum" a rank returns W times the weighted sum over its images and texts, with "none" the losses of its
-        images and texts.
+        all L_r. DDP and FSDP average gradients over the ranks, so that their result is exactly the gradient of the
+        whole batch's mean loss, for the encoders and for ``logit_scale``. To log the batch's loss, average L_r over the
+        ranks: call ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` on a detached copy. gloo has no AVG: use SUM
+        and divide by W. With "sum" a rank returns W times the weighted sum over its images and texts, with "none" the
+        losses of its images and texts.
 
     Raises:
         ValueError: shapes, devices, options or labels do not fit, or the batch has no positive pair (checked on a CPU
@@ -317,7 +316,7 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
 
     Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
     softplus(neg - q) + q - pos / count. When the loss is close to 0, softplus and its derivative keep their relative
-    accuracy, whereas the difference of log-sum-exp and logit, whose derivative is softmax - 1, would be rounding error.
+    accuracy, whereas the difference of log-sum-exp and logit, and its derivative softmax - 1, would be rounding errors.
     With a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its
     rounding error would exceed a small loss.
     """

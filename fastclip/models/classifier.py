@@ -26,10 +26,10 @@ class ImageClassifier(nn.Module):
     The head computes in float32 even under autocast, because bfloat16 has steps of 0.5 at logits of 100.
 
     Args:
-        visual: Image tower, images (B, 3, H, W) -> features (B, D).
-        weight: Initial weight of the head, (C, D), which is copied. The bias begins at 0.
-        class_names: Names of the C classes.
-        freeze_image: Freeze the image tower: no gradients, and always in eval mode.
+        visual: image tower, images (B, 3, H, W) -> features (B, D).
+        weight: initial weight of the head, (C, D), which is copied. The bias begins at 0.
+        class_names: names of the C classes.
+        freeze_image: freeze the image tower: no gradients, and always in eval mode.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
     """Load a classifier, in eval mode, from a folder that `save_classifier` wrote.
 
     Raises:
-        FileNotFoundError: The folder contains no classifier.
-        ValueError: The files of the folder do not fit together.
+        FileNotFoundError: the folder contains no classifier.
+        ValueError: the files of the folder do not fit together.
     """
     from fastclip.models.factory import create_model
 

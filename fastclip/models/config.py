@@ -176,7 +176,7 @@ class ModelConfig:
                 `create_model`. Options that are None keep the configuration's value.
 
         Raises:
-            ValueError: A value is outside of the range that models support.
+            ValueError: a value is outside of the range that models support.
         """
         changes = {
             name: _checked(name, value, _CHANGES[name], name) for name, value in options.items() if value is not None
@@ -202,12 +202,12 @@ class ModelConfig:
         """Build a configuration from the contents of its file, the inverse of `to_dict`.
 
         Args:
-            values: Contents of the file.
-            where: Name of the source in error messages.
-            folder: Folder of the file, in which a vocabulary is looked for.
+            values: contents of the file.
+            where: name of the source in error messages.
+            folder: folder of the file, in which a vocabulary is looked for.
 
         Raises:
-            ValueError: A key is unknown or missing, a value has the wrong type, or the sizes do not fit together.
+            ValueError: a key is unknown or missing, a value has the wrong type, or the sizes do not fit together.
         """
         values = {**values, "folder": folder}
         for name, kinds in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
@@ -245,12 +245,12 @@ def config_path(name: str | Path) -> Path:
     """Return the path of a model's configuration file.
 
     Args:
-        name: Model name from `list_models`, or path of a configuration ending in ``.json``. OpenAI's spelling with a
+        name: model name from `list_models`, or path of a configuration ending in ``.json``. OpenAI's spelling with a
             slash (``ViT-B/32``) is accepted and logged once. Other spellings are not guessed.
 
     Raises:
-        ValueError: No model has this name.
-        FileNotFoundError: The path does not exist.
+        ValueError: no model has this name.
+        FileNotFoundError: the path does not exist.
     """
     name = str(name)
     if name.endswith(".json"):
@@ -295,8 +295,8 @@ def load_config(name: str | Path) -> ModelConfig:
     """Read the configuration of a model, given by its name or by the path of a JSON file.
 
     Raises:
-        ValueError: The name is unknown, or the file is not a valid configuration (`ModelConfig.from_dict`).
-        FileNotFoundError: The path does not exist.
+        ValueError: the name is unknown, or the file is not a valid configuration (`ModelConfig.from_dict`).
+        FileNotFoundError: the path does not exist.
     """
     path = config_path(name)
     values = read_json(path)
@@ -333,7 +333,7 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     Without this check, an impossible number would end in an obscure error of torch or exhaust the memory.
 
     Raises:
-        ValueError: The value has the wrong type or is out of range; the message begins with `where`.
+        ValueError: the value has the wrong type or is out of range; the message begins with `where`.
     """
     value = _typed(value, hint, where)
     for number in value if isinstance(value, tuple) else (value,):

@@ -30,16 +30,16 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
     Existing files of the same names are replaced, either all of them or none.
 
     Args:
-        model: The model to write.
-        target: Output path. For "open_clip", a file ending in ``.pt`` or ``.safetensors``, or a folder (which
+        model: the model to write.
+        target: output path. For "open_clip", a file ending in ``.pt`` or ``.safetensors``, or a folder (which
             open_clip's `create_model` loads as ``local-dir:...``). For "huggingface" (CLIPModel, AlignModel) and
             "fastclip", a folder.
         form: "open_clip", "huggingface" or "fastclip".
-        source: Path that the model was read from, which is protected from being overwritten.
+        source: path that the model was read from, which is protected from being overwritten.
 
     Raises:
         OSError: `target` cannot be written. Existing files are unchanged.
-        ValueError: The format cannot represent the model, or `target` is `source` or a folder that contains another
+        ValueError: the format cannot represent the model, or `target` is `source` or a folder that contains another
             model. Nothing is written.
     """
     if form not in FORMS:

@@ -34,15 +34,15 @@ class DualEncoder(nn.Module):
     loss, ``logit_bias``. The logit scale is stored as its natural logarithm.
 
     Args:
-        visual: Image tower, images (B, 3, H, W) -> features (B, D).
-        text: Text tower, token ids (B, L) -> features (B, D) with the same D.
-        config: Configuration that both towers were built from (required by `save_pretrained`).
-        init_logit_scale: Initial value of ``logit_scale``, the natural logarithm of the scale.
-        init_logit_bias: Initial value of ``logit_bias`` (SigLIP: -10, with a log scale of log 10). The model has no
+        visual: image tower, images (B, 3, H, W) -> features (B, D).
+        text: text tower, token ids (B, L) -> features (B, D) with the same D.
+        config: configuration that both towers were built from (required by `save_pretrained`).
+        init_logit_scale: initial value of ``logit_scale``, the natural logarithm of the scale.
+        init_logit_bias: initial value of ``logit_bias`` (SigLIP: -10, with a log scale of log 10). The model has no
             bias by default.
 
     Attributes:
-        vocabulary: Contents of the vocabulary file next to the configuration, or None if there is none. The bytes are
+        vocabulary: contents of the vocabulary file next to the configuration, or None if there is none. The bytes are
             kept because the file may be gone by the time the model is saved.
     """
 
@@ -84,8 +84,8 @@ class DualEncoder(nn.Module):
 
         Args:
             images: (M, 3, H, W) float.
-            ids: Token ids (N, L).
-            normalize: Scale the features to unit length. With False, features keep the length and dtype of the towers'
+            ids: token ids (N, L).
+            normalize: scale the features to unit length. With False, features keep the length and dtype of the towers'
                 outputs (bfloat16 under autocast), and fastclip's losses normalise them without an additional rounding.
         """
         image_features = self.encode_image(images, normalize=normalize)
@@ -132,8 +132,8 @@ class DualEncoder(nn.Module):
         Load the model with `create_model(pretrained=folder)` or `DualEncoder.from_pretrained(folder)`.
 
         Raises:
-            OSError: The files cannot be written.
-            ValueError: The folder contains another model, whose files would remain next to the new ones; or the model's
+            OSError: the files cannot be written.
+            ValueError: the folder contains another model, whose files would remain next to the new ones; or the model's
                 parameters no longer match its configuration, or the vocabulary file was missing when the model was
                 created.
         """
@@ -182,11 +182,11 @@ class DualEncoder(nn.Module):
         """Load a model from a local folder or from a repository on the Hugging Face Hub.
 
         Args:
-            source: Path that `create_model(pretrained=...)` accepts, such as a folder written by `save_pretrained`, or
+            source: path that `create_model(pretrained=...)` accepts, such as a folder written by `save_pretrained`, or
                 the name of a repository, ``owner/name``.
-            revision, token, cache_dir, local_files_only: Options of the download, passed to
+            revision, token, cache_dir, local_files_only: options of the download, passed to
                 `huggingface_hub.snapshot_download`.
-            **options: Further options of `create_model`.
+            **options: further options of `create_model`.
 
         Raises:
             FileNotFoundError: `source` is neither an existing path nor a repository on the Hub, the revision does not
@@ -220,9 +220,9 @@ class DualEncoder(nn.Module):
         """Upload the model to the Hugging Face Hub.
 
         Args:
-            repo_id: Name of the repository, ``owner/name``, which is created if it does not exist.
-            private: Create a private repository.
-            token: Access token (default: the one that `huggingface_hub` has stored).
+            repo_id: name of the repository, ``owner/name``, which is created if it does not exist.
+            private: create a private repository.
+            token: access token (default: the one that `huggingface_hub` has stored).
 
         Returns:
             The address of the uploaded files on the Hub.
@@ -253,29 +253,29 @@ def create_model(
     The model is returned in training mode, with float32 parameters.
 
     Args:
-        name: Model name from `list_models`, or path of a configuration ending in ``.json``. The name may be left out
+        name: model name from `list_models`, or path of a configuration ending in ``.json``. The name may be left out
             if `pretrained` is a folder that contains a configuration. A folder is accepted in place of a name, too.
-        pretrained: Path of a checkpoint: a file in the format of OpenAI (TorchScript archive or state dict) or of
+        pretrained: path of a checkpoint: a file in the format of OpenAI (TorchScript archive or state dict) or of
             open_clip (``.pt``, ``.safetensors``), or a folder in the format of Hugging Face (CLIPModel, AlignModel),
             of open_clip or of `DualEncoder.save_pretrained`. By default, weights are drawn from torch's global
             generator, with the initialisation of the model's authors. Nothing is downloaded.
-        device: Device of the parameters. "meta" creates the model without allocating weights.
-        image_size: Side of the input images in pixels (default: the checkpoint's, else the configuration's). Position
+        device: device of the parameters. "meta" creates the model without allocating weights.
+        image_size: side of the input images in pixels (default: the checkpoint's, else the configuration's). Position
             embeddings of another size are interpolated, which is logged.
-        context_length: Tokens per text (default: the checkpoint's, else the configuration's). Position embeddings of
+        context_length: tokens per text (default: the checkpoint's, else the configuration's). Position embeddings of
             CLIP's text tower are interpolated as for `image_size`.
-        init_logit_scale: Initial natural logarithm of the logit scale (default: the configuration's; SigLIP: log 10).
+        init_logit_scale: initial natural logarithm of the logit scale (default: the configuration's; SigLIP: log 10).
             A checkpoint's value replaces it.
-        init_logit_bias: Initial logit bias for the sigmoid loss (SigLIP: -10). By default the model has a bias only if
+        init_logit_bias: initial logit bias for the sigmoid loss (SigLIP: -10). By default the model has a bias only if
             the configuration or the checkpoint has one. A checkpoint's value replaces it.
 
     Returns:
         The model, whose `DualEncoder.config` describes it.
 
     Raises:
-        ValueError: The name is unknown, the configuration is invalid, its activation contradicts the checkpoint's, or
+        ValueError: the name is unknown, the configuration is invalid, its activation contradicts the checkpoint's, or
             the checkpoint does not fit the model. The message names missing, unexpected and misshapen parameters.
-        FileNotFoundError: A path does not exist.
+        FileNotFoundError: a path does not exist.
     """
     options = {
         "image_size": image_size,

@@ -28,15 +28,15 @@ class Embedder:
     """Embed images and texts with one model, in eval mode and without gradients.
 
     Args:
-        model: The model, which is put into eval mode.
-        tokenize: Tokenizer, B texts -> token ids (B, L).
-        transform: Image transform, a PIL image of any mode -> (3, H, W) float32 (default: the model's transform for
+        model: the model, which is put into eval mode.
+        tokenize: tokenizer, B texts -> token ids (B, L).
+        transform: image transform, a PIL image of any mode -> (3, H, W) float32 (default: the model's transform for
             evaluation).
         precision: "fp32", or "bf16" for autocast to bfloat16.
-        name: Name of the model in results.
+        name: name of the model in results.
 
     Raises:
-        ValueError: The precision is unknown.
+        ValueError: the precision is unknown.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Embedder:
         """Embed one text or B texts.
 
         Args:
-            texts: A string or a sequence of strings.
-            batch_size: Texts per forward pass.
+            texts: a string or a sequence of strings.
+            batch_size: texts per forward pass.
 
         Returns:
             Unit vectors (B, D), float32 on the CPU.
@@ -134,19 +134,19 @@ def load_embedder(
     """Load a checkpoint with its image transform and tokenizer, ready to embed images and texts.
 
     Args:
-        checkpoint: Path of a checkpoint, as in `create_model`. From the output folder of ``fastclip train``, the final
+        checkpoint: path of a checkpoint, as in `create_model`. From the output folder of ``fastclip train``, the final
             model in ``model/`` is loaded. A training checkpoint (``checkpoints/step-...``) is loaded with the moving
             average of the weights if it contains one.
-        model: Model name, needed if the checkpoint contains no configuration.
-        device: Device of the model (default: a GPU if there is one, otherwise the CPU).
+        model: model name, needed if the checkpoint contains no configuration.
+        device: device of the model (default: a GPU if there is one, otherwise the CPU).
         precision: "fp32" or "bf16" (default: "bf16" on a GPU, otherwise "fp32").
-        vocabulary: Vocabulary of a BERT model, as in `get_tokenizer`.
-        image_size: Side of the input images in pixels (default: the checkpoint's).
-        context_length: Tokens per text (default: the checkpoint's).
+        vocabulary: vocabulary of a BERT model, as in `get_tokenizer`.
+        image_size: side of the input images in pixels (default: the checkpoint's).
+        context_length: tokens per text (default: the checkpoint's).
 
     Raises:
-        FileNotFoundError: The checkpoint or the vocabulary does not exist.
-        ValueError: The checkpoint does not fit the model, or an option is invalid.
+        FileNotFoundError: the checkpoint or the vocabulary does not exist.
+        ValueError: the checkpoint does not fit the model, or an option is invalid.
         ImportError: open_clip_torch, which contains CLIP's vocabulary, is not installed.
     """
     made, path = load_model(

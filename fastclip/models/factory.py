@@ -40,16 +40,16 @@ def create_model_and_transforms(
     """Create a model together with its two image transforms.
 
     Args:
-        name: Model name, as in `create_model`.
-        pretrained: Path of a checkpoint, as in `create_model`.
-        **options: Further options of `create_model`, such as ``device`` or ``image_size``.
+        name: model name, as in `create_model`.
+        pretrained: path of a checkpoint, as in `create_model`.
+        **options: further options of `create_model`, such as ``device`` or ``image_size``.
 
     Returns:
         The model in training mode, the transform for training, and the transform for evaluation. Both transforms turn
         a PIL image into a float32 tensor (3, S, S).
 
     Raises:
-        ValueError, FileNotFoundError: Under the same conditions as `create_model`.
+        ValueError, FileNotFoundError: under the same conditions as `create_model`.
     """
     model = create_model(name, pretrained, **options)  # type: ignore[arg-type]
     assert model.config is not None
@@ -62,16 +62,16 @@ def get_tokenizer(
     """Return the tokenizer of a model, a callable that turns B texts into token ids (B, context_length).
 
     Args:
-        name: Model name from `list_models`, path of a configuration ending in ``.json``, or folder that contains a
+        name: model name from `list_models`, path of a configuration ending in ``.json``, or folder that contains a
             configuration.
-        context_length: Tokens per text (default: the configuration's).
-        vocabulary: Vocabulary of a BERT model: a ``vocab.txt`` or ``tokenizer.json`` file, a folder, or a name in
+        context_length: tokens per text (default: the configuration's).
+        vocabulary: vocabulary of a BERT model: a ``vocab.txt`` or ``tokenizer.json`` file, a folder, or a name in
             Hugging Face's cache (default: the one that the configuration names). CLIP's vocabulary is fixed.
 
     Raises:
         ImportError: open_clip_torch, which contains CLIP's vocabulary, is not installed.
         FileNotFoundError: BERT's vocabulary is neither a file nor in the cache.
-        ValueError: The name is unknown, the vocabulary does not fit the model, or `vocabulary` is given for CLIP's
+        ValueError: the name is unknown, the vocabulary does not fit the model, or `vocabulary` is given for CLIP's
             tokenizer.
     """
     return tokenizer_of(named_config(name), name, context_length=context_length, vocabulary=vocabulary)
@@ -115,8 +115,8 @@ def load_image_transform(name: str, train: bool = False) -> Compose:
     """Return the image transform of a model, without creating the model.
 
     Args:
-        name: Model name, path of a configuration, or folder that contains a configuration, as in `get_tokenizer`.
-        train: Return the transform for training, which crops at random, instead of the one for evaluation.
+        name: model name, path of a configuration, or folder that contains a configuration, as in `get_tokenizer`.
+        train: return the transform for training, which crops at random, instead of the one for evaluation.
 
     Returns:
         A transform from a PIL image of any mode to a float32 tensor (3, S, S).

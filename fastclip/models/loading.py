@@ -39,8 +39,8 @@ def named_config(name: str) -> ModelConfig:
     """Return the configuration of a model, given by its name, by a JSON file, or by a folder that contains one.
 
     Raises:
-        ValueError: The name is unknown, or the file is not a valid configuration.
-        FileNotFoundError: The file does not exist, or the folder contains no configuration.
+        ValueError: the name is unknown, or the file is not a valid configuration.
+        FileNotFoundError: the file does not exist, or the folder contains no configuration.
     """
     if _is_folder(name):
         config = read_config(Path(name))
@@ -61,12 +61,12 @@ def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfi
     The sizes of the configuration are those of the checkpoint's weights.
 
     Args:
-        name: Model name, path of a configuration, or None.
-        pretrained: Path of a checkpoint, or None.
+        name: model name, path of a configuration, or None.
+        pretrained: path of a checkpoint, or None.
 
     Raises:
-        ValueError: Both are None, or name and checkpoint contradict each other.
-        FileNotFoundError: A path does not exist.
+        ValueError: both are None, or name and checkpoint contradict each other.
+        FileNotFoundError: a path does not exist.
     """
     if name is not None and pretrained is None and _is_folder(name):
         name, pretrained = None, name
@@ -190,15 +190,15 @@ def load_weights(
     """Load the weights of a checkpoint into a model; every parameter must be present and fit.
 
     Args:
-        model: Model of `config`.
-        config: Configuration that the model was built from.
-        checkpoint: Checkpoint to read the weights from.
-        name: Name of the model in messages.
-        changed: Names of the options that the caller set, in which the checkpoint may differ: positions of another
+        model: model of `config`.
+        config: configuration that the model was built from.
+        checkpoint: checkpoint to read the weights from.
+        name: name of the model in messages.
+        changed: names of the options that the caller set, in which the checkpoint may differ: positions of another
             ``image_size`` or ``context_length`` are interpolated, and ``init_logit_bias`` may be missing.
 
     Raises:
-        ValueError: Parameters are missing, unexpected or of another shape, have an unsuitable dtype, or contain NaN or
+        ValueError: parameters are missing, unexpected or of another shape, have an unsuitable dtype, or contain NaN or
             infinity. The message names them.
     """
     state = model.state_dict()

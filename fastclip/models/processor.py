@@ -66,14 +66,14 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
     """Read the image processor of a folder, from the file that transformers would read.
 
     Args:
-        folder: Folder of a Hugging Face model.
-        usual: Class to assume if the file does not name one, such as "CLIPImageProcessor".
+        folder: folder of a Hugging Face model.
+        usual: class to assume if the file does not name one, such as "CLIPImageProcessor".
 
     Returns:
         The processor, or None if the folder contains none.
 
     Raises:
-        ValueError: The processor applies a step that `PreprocessConfig` cannot express. The message names the file and
+        ValueError: the processor applies a step that `PreprocessConfig` cannot express. The message names the file and
             the key.
     """
     values, where = _read(folder)
@@ -97,10 +97,10 @@ def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, im
     """Write the ``preprocessor_config.json`` that makes transformers prepare images in the same way as this package.
 
     Args:
-        folder: Folder to write the file into.
-        kind: Class of the processor, such as "CLIPImageProcessor".
-        options: Preprocessing options of the model.
-        image_size: Side of the square output in pixels.
+        folder: folder to write the file into.
+        kind: class of the processor, such as "CLIPImageProcessor".
+        options: preprocessing options of the model.
+        image_size: side of the square output in pixels.
     """
     side = options.resize_size or image_size
     values = {

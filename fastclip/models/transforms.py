@@ -27,11 +27,11 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     1/2 (Jia et al. 2021, section 5.1).
 
     Args:
-        config: Configuration of the model.
-        train: Return the transform for training.
+        config: configuration of the model.
+        train: return the transform for training.
 
     Raises:
-        ValueError: The configuration's resize_size is less than its image_size.
+        ValueError: the configuration's resize_size is less than its image_size.
     """
     from torchvision.transforms import (  # imports torch._dynamo, which takes a second
         CenterCrop,

@@ -2,7 +2,8 @@
 
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>. The loss is computed from them in torch
 (`losses/contrastive.py`), so autograd supplies its derivatives with respect to the statistics, and the backward op
-turns these derivatives into gradients of the features and the scale. `_backends/reference.py` defines both functions.
+turns these derivatives into gradients of the features and the scale. `_backends/reference.py` defines what the ops
+compute.
 
 An op takes and returns flat lists of tensors. `arguments` and `flat` convert a `Problem` and two `Side`s to lists, and
 `problem_of` and `by_side` convert the lists back.

@@ -1,6 +1,6 @@
 """Comparison of all forms of the sharded losses on this machine with one float64 computation: `fastclip parity`.
 
-The truth stores the logits, N^2 numbers on every process, with N = nproc x batch.
+The float64 computation stores the logits, N^2 numbers on every process, with N = nproc x batch.
 """
 
 from fastclip.parity.compare import Row, table

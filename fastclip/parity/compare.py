@@ -1,6 +1,7 @@
 """Comparison of the losses with float64 results (`truth`) on every case, within the promised errors.
 
-Every form (way to obtain the other ranks' texts, or module), backend and dtype is compared.
+Every form, backend and dtype is compared. A form is a way to obtain the other ranks' texts (gather or ring, with or
+without ``equal_shards``), or a module (`ClipLoss` of fastclip or of open_clip).
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ _Loss = Callable[..., Any]
 
 
 class Row(NamedTuple):
-    """One comparison: relative errors (Frobenius norms over the whole batch) and promised errors, for `_COLUMNS`."""
+    """One comparison.
+
+    `errors` and `budgets` map the names in `_COLUMNS` to relative errors (Frobenius norms over the whole batch) and to
+    the promised errors.
+    """
 
     form: str
     backend: str

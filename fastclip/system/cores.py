@@ -25,7 +25,8 @@ def usable_cores() -> float:
 def contended(threads: int | None, processes: int = 1) -> bool:
     """Return True if threads outnumber the cores.
 
-    The threads are those of `processes` processes like this one, plus those of other programs by the load average.
+    The threads are those of `processes` processes like this one, plus those of other programs, which are estimated from
+    the load average.
 
     Args:
         threads: threads per process. None means one per core that the affinity allows, as torch's OpenMP does.

@@ -188,8 +188,9 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
     """Remove temporary files in `folder` that were left by processes that died while they wrote.
 
     Args:
-        owned: no other process writes into the folder, so all temporary files are removed, except those of files with
-            their own lock (`owner.py`). Without `owned`, and for these, files younger than an hour are kept.
+        owned: declare that no other process writes into the folder. All temporary files are then removed at once,
+            except those of files that have a lock beside them (`owner.py`). In all other cases, a temporary file is
+            kept for an hour after the last write to it.
     """
     for half, name in _halves(folder):
         with suppress(OSError):  # the writer has just renamed it, or the folder is read-only

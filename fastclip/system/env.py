@@ -1,7 +1,8 @@
 """All environment variables that the package reads.
 
 FASTCLIP_BACKEND       backend of the losses if `backend=` is not given, such as ``cpu`` or ``reference``
-FASTCLIP_CACHE         folder for copies of remote shards, and for indices that cannot be written beside their shards
+FASTCLIP_CACHE         folder for copies of remote shards, for indices that cannot be written beside their shards, for
+                       results of interrupted embedding, and for the indices of `fastclip search`
                        (default: ~/.cache/fastclip)
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` (default: the best that the processor supports)
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (default: 64 on a CPU, 1024 on a GPU)
@@ -63,7 +64,7 @@ def backend() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for copies of remote shards and for indices. It may not exist yet."""
+    """Return the folder that FASTCLIP_CACHE names, or the default. It may not exist yet."""
     return Path(os.environ.get("FASTCLIP_CACHE") or "~/.cache/fastclip").expanduser()
 
 

@@ -71,7 +71,7 @@ def test_python_in_the_root_of_a_clone_is_named(tmp_path: Path, monkeypatch: pyt
     module, reason = native.load("_cpu")
     assert module is None and reason is not None
     assert reason == f"fastclip is imported from {tmp_path}, which has no native modules built for this Python"
-    todo = "start Python in another folder, to import the installed package, or pip install --editable"
+    todo = "start Python in another folder, to import the installed package, or run pip install --editable"
     assert mending("cpu", reason) == f"{todo} {tmp_path}"
     told = "Triton does not load (ModuleNotFoundError: No module named 'fastclip.triton_kernels')"
     assert mending("triton", told) == f"{todo} {tmp_path}"

@@ -301,7 +301,7 @@ def test_killed_worker_is_named_with_what_it_read() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
-    said = r"^data worker 0 \(pid \d+\) was killed by the system \(Killed\), probably for .*, reading gradient 0 for"
+    said = r"^data worker 0 \(pid \d+\) was killed by the system \(Killed\), reading gradient 0 for \d+ s, probably for"
     with pytest.raises(ChildProcessError, match=said):
         next(evaluation_batches(Gradients(), die, batch_size=2, workers=1))
 

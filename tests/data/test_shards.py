@@ -292,7 +292,8 @@ def test_shard_that_changes_under_a_run_is_named(tmp_path: Path, change: Callabl
     source = open_source(str(path))
     assert source[1].captions == ("caption 1",)
     change(path)
-    message = f"^{re.escape(str(path))}: 0001: the shard has changed since it was opened$"
+    message = f"^{re.escape(str(path))}: 0001: the shard has changed since it was opened: "
+    message += "run again when nothing writes to it$"
     with pytest.raises(ValueError, match=message):
         source[1]
     with pytest.raises(ValueError, match=message):

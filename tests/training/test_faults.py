@@ -99,7 +99,9 @@ def test_failed_validation_loses_no_step(tmp_path: Path) -> None:
     whole = run("whole")
     for every, last in ((4, 4), (2, 2)):
         name = f"run {every}"
-        with pytest.raises(ValueError, match="found no usable sample"):
+        with pytest.raises(
+            ValueError, match="none of the 3 different samples that were drawn in 100 tries can be used"
+        ):
             run(name, val_data=str(unusable), val_every=every, save_every=every)
         names = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
         assert names == [f"step-{last:08d}"]
@@ -204,7 +206,9 @@ def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Folder, "read", killed)
     data = write_folder(tmp_path / "data", 12)
-    with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
+    with pytest.raises(
+        ChildProcessError, match=r"data worker.*killed by the system \(Killed\).*, probably for lack of mem"
+    ):
         train(options(data, tmp_path / "run", workers=1))
 
 

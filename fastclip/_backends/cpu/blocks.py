@@ -1,7 +1,7 @@
 """Blocks of logits: torch.mm fills one reused buffer, and a native pass works on it in place.
 
-FASTCLIP_WORKSPACE_MB bounds the size of a block, so that no larger matrix is stored. fp32 features are read in place,
-16-bit features are converted to fp32 block by block.
+FASTCLIP_WORKSPACE_MB bounds the size of a block, so that no larger matrix is stored. Features in fp32 are read
+in place. 16-bit features are converted to fp32 block by block.
 """
 
 from __future__ import annotations
@@ -53,13 +53,17 @@ Dots = tuple[int, int, int, int, int, int]
 
 
 class Features:
-    """The rows (M, D) of one side in fp32, as the products read them, not yet multiplied by their inverse norms.
+    """The rows (M, D) of one side, which the matrix products read in fp32.
 
-    inv_norm: address of the inverse norms that `native.module.norms` wrote, fp32 (M,), 0 for features that are not
-    normalised. It is an address because slicing a tensor takes a microsecond, and with few rows the host is the limit.
-    outer: the other result of `native.module.norms`, fp32 (M,), or None if no row is large. A row is large if its norm
-    exceeds `_LARGE_NORM`. `outer` holds the inverse norms of the large rows, whose inv_norm is 1, and 1 for all other
-    rows. Rows are multiplied by `outer` before the products, which would otherwise overflow.
+    The products read rows that are not normalised, and are multiplied by the inverse norms afterwards. Only large rows,
+    whose norm exceeds `_LARGE_NORM`, are multiplied by their inverse norms before the products, which would otherwise
+    overflow.
+
+    inv_norm: address of the factors of the products, fp32 (M,): the inverse norms, or 1 for large rows. It is 0 for
+    features that are not normalised. It is an address because slicing a tensor takes a microsecond, and with few rows
+    such microseconds dominate the run time.
+    outer: the factors of the rows, fp32 (M,): the inverse norms of large rows, or 1 for all other rows. It is None if
+    no row is large.
     """
 
     def __init__(self, x: Tensor, inv_norm: int = 0, outer: Tensor | None = None) -> None:
@@ -200,7 +204,7 @@ class Plan:
         M, N = image.M, text.M
         whole = 0, M, 0, N
         self.ready = owner is not None and workspace.buffer is not None and workspace.holds(owner, whole)
-        if self.ready and workspace.buffer is not None:  # the only block of the forward pass
+        if self.ready and workspace.buffer is not None:  # it still holds the only block of the forward pass
             self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
             return
         allowed = floats = env.workspace_bytes() // 4

@@ -126,8 +126,8 @@ def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def _gain(grads: Iterable[Tensor]) -> float:
     """Return a power of two that scales the largest upstream gradient to about 1.
 
-    Without this factor, the weights of a loss of 1e-30 or less would be flushed to zero, or become subnormal numbers,
-    which slow the products down.
+    Without this factor, upstream gradients of 1e-30 or less would give weights that are flushed to zero, or subnormal
+    weights, which slow the products down.
     """
     largest = max((float(d.abs().amax()) for d in grads if d.numel()), default=0.0)
     if not math.isfinite(largest) or largest == 0.0:

@@ -255,7 +255,7 @@ def _usable(
     if len(faults) == 1:
         raise BadSample(*faults[0])
     tried = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
-    what = f"none of the {len(tried)} different samples can be used that were drawn in {len(faults)} tries"
+    what = f"none of the {len(tried)} different samples that were drawn in {len(faults)} tries can be used"
     raise ValueError(f"{watch.source.spec}: {what} (see `fastclip data check`): {Tally(tried)}")
 
 

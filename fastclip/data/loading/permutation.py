@@ -1,4 +1,4 @@
-"""A pseudo-random permutation of any size, of which each element is computed on demand and none is stored."""
+"""A pseudo-random permutation of any size. Each element is computed on demand, and none is stored."""
 
 from __future__ import annotations
 

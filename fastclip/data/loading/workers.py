@@ -27,7 +27,7 @@ from fastclip.system.rounding import ceil_div
 __all__ = ["load", "naming_dead_workers", "unshared"]
 
 # The most micro-batches that workers hold ready. Each takes three open files of the calling process (one per tensor),
-# of which often only 1,024 are allowed.
+# and a process may often open only 1,024 files.
 _READY = 128
 _OF_GROUPS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 1.0  # seconds that workers have to end by themselves
@@ -227,4 +227,4 @@ def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[
         "Killed": ", probably for lack of memory: use fewer workers",
         "Bus error": ", probably because /dev/shm is full: enlarge it (docker run --shm-size) or use fewer workers",
     }
-    return ChildProcessError(f"{who} {how}{next((text for word, text in hint.items() if word in how), '')}{what}")
+    return ChildProcessError(f"{who} {how}{what}{next((text for word, text in hint.items() if word in how), '')}")

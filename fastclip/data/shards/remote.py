@@ -102,7 +102,7 @@ def _local_copy(url: str) -> str:
         except Exception as error:  # every storage service raises different errors
             if have is None or isinstance(error, _Short):
                 raise OSError(f"{url}: cannot be copied: {_reason(error)}") from error
-            logger.warning("%s cannot be reached, the existing copy %s is used: %s", url, copy, _reason(error))
+            logger.warning("%s cannot be reached (%s): the existing copy %s is used", url, _reason(error), copy)
     return str(copy)
 
 

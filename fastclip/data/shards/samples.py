@@ -51,8 +51,8 @@ class Sample(NamedTuple):
 def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
     """Return a sample for each key that has or should have an image, and the unused members by kind.
 
-    A key should have an image if an image's member cannot be read (a broken link, for example), or if an image has a
-    compound suffix such as .seg.png, and if there is a caption.
+    A key with a caption should have an image if an image's member cannot be read (a broken link, for example), or if an
+    image has a compound suffix such as .seg.png.
 
     A key with repeated members has a second sample at the end, which is marked as unusable, so that the repetition is
     counted.

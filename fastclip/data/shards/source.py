@@ -93,7 +93,8 @@ class Shards:
     Raises:
         OSError: a shard cannot be opened.
         ValueError: a shard is not a tar file or holds no usable sample (the message names it), or the shards have
-            classes, but neither captions nor class names. While reading, a shard has changed since it was opened.
+            classes, but neither captions nor class names. Also raised while a sample is read, if its shard has changed
+            since it was opened.
     """
 
     def __init__(
@@ -242,12 +243,14 @@ class Shards:
         except OSError as error:
             raise OSError(f"{self.key(index)}: {error.strerror}") from error
         if not same:
-            raise ValueError(f"{self.key(index)}: the shard has changed since it was opened")
+            raise ValueError(
+                f"{self.key(index)}: the shard has changed since it was opened: run again when nothing writes to it"
+            )
         return contents
 
 
 def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the class names and templates of the shards in `folder`, () without any.
+    """Return the class names and the templates of the shards in `folder`, or () for what is missing.
 
     `class_names` are used if there is no classnames.txt.
     """

@@ -50,7 +50,7 @@ class Karpathy(PictureFiles):
 
     The images are in the file's folder, or in ``images/`` or ``DATASET-images/`` there. Any other folder must be given
     in the spec, as in ``dataset_coco.json:test:/data/coco``. In each of these folders, the images may be in the
-    subfolders "filepath" or not.
+    subfolders that "filepath" names, or directly in the folder.
 
     Attributes:
         dataset: the name that the file states under "dataset", such as "coco" or "flickr30k", or "" if it states none.
@@ -118,7 +118,7 @@ def _name(image: dict[str, Any], deep: bool) -> str:
 def _root(
     spec: str, file: Path, folder: str | None, dataset: str, images: Sequence[dict[str, Any]]
 ) -> tuple[Path, bool]:
-    """Return the first folder that holds an image, and True if its images are in the subfolders "filepath"."""
+    """Return the first folder that holds an image, and True if its images are in subfolders named by "filepath"."""
     beside = (file.parent, file.parent / "images", file.parent / f"{dataset}-images")
     folders = beside if folder is None else (Path(folder),)
     for root in folders:

@@ -63,7 +63,7 @@ class Mixture(Borrowed):
 
     @property
     def parts(self) -> Sequence[tuple[Source, int]]:
-        """The sources, each with the number of samples that an epoch draws of it."""
+        """The sources, each with the number of samples that an epoch draws from it."""
         return list(zip(self._sources, self._draws))
 
     def __len__(self) -> int:

@@ -57,11 +57,11 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
     """Read the configuration of a CLIPModel or an AlignModel from its folder.
 
     Args:
-        folder: Folder of the Hugging Face model.
-        kind: The model type in its ``config.json``: "clip" or "align", or None if the file states none.
+        folder: folder of the Hugging Face model.
+        kind: the model type in its ``config.json``: "clip" or "align", or None if the file states none.
 
     Raises:
-        ValueError: The model type is neither "clip" nor "align", or the towers of this package do not support the
+        ValueError: the model type is neither "clip" nor "align", or the towers of this package do not support the
             model's sizes or activations.
     """
     where = folder / "config.json"
@@ -93,7 +93,7 @@ def _text_config(theirs: Any, folder: Path) -> Any:
     """Return the text part of a configuration.
 
     Raises:
-        ValueError: The hidden width of the MLPs is not 4 times the width, which the text towers here assume.
+        ValueError: the hidden width of the MLPs is not 4 times the width, which the text towers here assume.
     """
     text = theirs.text_config
     if text.intermediate_size != 4 * text.hidden_size:

@@ -140,15 +140,15 @@ def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapp
     """Map the names of a model's state dict to another format.
 
     Args:
-        names: Names of the state dict.
-        config: Configuration of the model.
+        names: names of the state dict.
+        config: configuration of the model.
         form: "fastclip", "open_clip" or "huggingface".
 
     Returns:
         For each name, the names of the tensors in the other format, and how to convert between the two.
 
     Raises:
-        ValueError: The format is unknown, or cannot represent this architecture.
+        ValueError: the format is unknown, or cannot represent this architecture.
     """
     names = list(names)
     rules = _rules(config, form)

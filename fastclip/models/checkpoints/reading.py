@@ -54,14 +54,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint into host memory.
 
     Args:
-        path: A file or a folder. A file is in the safetensors format, or was written by ``torch.save`` (tensors,
+        path: a file or a folder. A file is in the safetensors format, or was written by ``torch.save`` (tensors,
             numbers and strings only), or is a TorchScript archive, of which only the parameters are read. A folder
             contains ``config.json`` (of this package, or of Hugging Face's CLIPModel or AlignModel) or
             ``open_clip_config.json``, and the weights in one file or in shards.
 
     Raises:
         FileNotFoundError: `path` does not exist, or the folder contains no weights.
-        ValueError: A file is damaged, would run code, or does not contain an image-text model.
+        ValueError: a file is damaged, would run code, or does not contain an image-text model.
     """
     path = Path(path)
     config: ModelConfig | None = None
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> ModelConfig | None:
     ``open_clip_config.json`` takes precedence over ``config.json``.
 
     Raises:
-        ValueError: The file is damaged, or this package does not support the model. The message names the file.
+        ValueError: the file is damaged, or this package does not support the model. The message names the file.
     """
     if (path := _config_file(folder)) is None:
         return None
@@ -130,7 +130,7 @@ def _weights(folder: Path) -> Path:
     configuration, and the first name of `WEIGHTS_READ` otherwise; a warning names all of them.
 
     Raises:
-        FileNotFoundError: The folder contains no weights.
+        FileNotFoundError: the folder contains no weights.
     """
     is_open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
     names = dict.fromkeys((*OPEN_CLIP_WEIGHTS, *WEIGHTS_READ)) if is_open_clip else WEIGHTS_READ
@@ -239,7 +239,7 @@ def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor
         "fastclip", "open_clip" or "huggingface", and the tensors under the usual names of that format.
 
     Raises:
-        ValueError: The names belong to no format, or to two text towers.
+        ValueError: the names belong to no format, or to two text towers.
     """
     if any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         return "huggingface", tensors

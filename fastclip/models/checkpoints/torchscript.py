@@ -90,8 +90,8 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
     """Read the tensors of an archive: parameters, buffers and other tensor attributes of its modules, by dotted name.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: The archive is damaged, or its contents can only be determined by running its program. The message
+        OSError: the file cannot be read.
+        ValueError: the archive is damaged, or its contents can only be determined by running its program. The message
             names the file.
     """
     try:
@@ -113,7 +113,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> set[str]:
     """Return the names of all entries, after checking the ones that will be read.
 
     Raises:
-        ValueError: A name occurs twice, or the entries to read are compressed or claim more bytes than the file has.
+        ValueError: a name occurs twice, or the entries to read are compressed or claim more bytes than the file has.
     """
     infos = archive.infolist()
     names = {info.filename for info in infos}
@@ -250,7 +250,7 @@ def _tensor(name: str, strided: _Strided, numbers: Tensor) -> Tensor:
     """Return a tensor as a view of its storage.
 
     Raises:
-        ValueError: The view exceeds the storage, or has more elements than the storage, as is possible with strides of
+        ValueError: the view exceeds the storage, or has more elements than the storage, as is possible with strides of
             0. Copying such a view could exhaust the memory.
     """
     _, offset, shape, strides = strided

@@ -59,13 +59,13 @@ def new_model(folder: str | Path, files: tuple[str, ...], *, read_first: tuple[s
     """Yield a temporary folder to write `files` into, and move them into `folder` if the block succeeds.
 
     Args:
-        folder: Final folder of the model.
-        files: Names of the files that may be written.
-        read_first: Names of other files that a reader would load instead of one of `files`. `folder` must not contain
+        folder: final folder of the model.
+        files: names of the files that may be written.
+        read_first: names of other files that a reader would load instead of one of `files`. `folder` must not contain
             them.
 
     Raises:
-        OSError: The files cannot be written. `folder` is unchanged.
+        OSError: the files cannot be written. `folder` is unchanged.
         ValueError: `folder` contains files of another model, which would remain next to the new ones.
     """
     folder = Path(folder)
@@ -79,9 +79,9 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | N
     """Write tensors of any device to a safetensors file.
 
     Args:
-        file: Output path.
-        tensors: Tensors by name.
-        config: Configuration file that belongs to the weights. Its digest is stored for `check_written_together`.
+        file: output path.
+        tensors: tensors by name.
+        config: configuration file that belongs to the weights. Its digest is stored for `check_written_together`.
     """
     metadata = {"format": "pt"} | ({} if config is None else {_DIGEST: _digest(config)})
     written: dict[str, Tensor] = {}

@@ -48,7 +48,7 @@ class ClipTokenizer:
     bytes of each word are then merged pair by pair. The vocabulary has 49,408 tokens.
 
     Args:
-        context_length: Tokens per text, at least 2. Longer texts are truncated, but still end in the end token.
+        context_length: tokens per text, at least 2. Longer texts are truncated, but still end in the end token.
 
     Raises:
         ImportError: open_clip_torch, which contains the vocabulary, is not installed.
@@ -78,7 +78,7 @@ class ClipTokenizer:
             Token ids (B, context_length), int64: 49406 at the start, 49407 at the end, then zeros.
 
         Raises:
-            TypeError: An element is not a string.
+            TypeError: an element is not a string.
         """
         texts = texts_of(texts)
         words = [_WORD.findall(_clean(text)) for text in texts]

@@ -27,7 +27,7 @@ def vocabulary_in(folder: Path) -> str:
     For a folder without a vocabulary, the result is the name of BERT's original vocabulary, ``bert-base-uncased``.
 
     Raises:
-        ValueError: The folder's tokenizer processes texts differently from fastclip's. The message names the file.
+        ValueError: the folder's tokenizer processes texts differently from fastclip's. The message names the file.
     """
     tokenizer, options = (folder / name for name in TOKENIZER_FILES)
     if options.is_file():
@@ -44,7 +44,7 @@ def words_of(file: Path) -> list[str]:
     """Return the words of a ``tokenizer.json`` in the order of their ids.
 
     Raises:
-        ValueError: The file is not a WordPiece tokenizer that normalises texts as BERT does, or its ids have gaps. The
+        ValueError: the file is not a WordPiece tokenizer that normalises texts as BERT does, or its ids have gaps. The
             message names the file.
     """
     values = read_json(file)

@@ -21,13 +21,13 @@ class BertTokenizer:
     """BERT's WordPiece tokenizer (Devlin et al. 2019): [CLS], the words, [SEP], then [PAD].
 
     Args:
-        vocabulary: A ``vocab.txt`` or ``tokenizer.json`` file, the folder of a tokenizer, or a name in Hugging Face's
+        vocabulary: a ``vocab.txt`` or ``tokenizer.json`` file, the folder of a tokenizer, or a name in Hugging Face's
             cache (``bert-base-uncased``). Nothing is downloaded.
-        context_length: Tokens per text, at least 2. Longer texts are truncated, but still end in [SEP].
+        context_length: tokens per text, at least 2. Longer texts are truncated, but still end in [SEP].
 
     Raises:
-        FileNotFoundError: The vocabulary is neither a file nor in the cache.
-        ValueError: The file is not a vocabulary of BERT, its tokenizer processes texts differently from BERT's, or
+        FileNotFoundError: the vocabulary is neither a file nor in the cache.
+        ValueError: the file is not a vocabulary of BERT, its tokenizer processes texts differently from BERT's, or
             `context_length` is below 2.
     """
 
@@ -56,7 +56,7 @@ class BertTokenizer:
             Token ids (B, context_length), int64.
 
         Raises:
-            TypeError: An element is not a string.
+            TypeError: an element is not a string.
         """
         # The tokenizer's Rust code needs UTF-8, which cannot represent a lone surrogate.
         texts = [text.encode("utf-8", "replace").decode() for text in texts_of(texts)]

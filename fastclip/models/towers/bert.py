@@ -19,7 +19,7 @@ class BertText(nn.Module):
     standard deviation of 0.02.
 
     Args:
-        config: Options of the tower.
+        config: options of the tower.
         embed_dim: D, the length of the features.
 
     Raises:

@@ -19,7 +19,7 @@ def coswin(config: CoSwinConfig, embed_dim: int) -> nn.Module:
     The tower turns images (B, 3, H, W) into features (B, embed_dim).
 
     Raises:
-        ValueError: The width is not a multiple of head_width, or image_size is not a multiple of 4.
+        ValueError: the width is not a multiple of head_width, or image_size is not a multiple of 4.
     """
     if config.width % config.head_width:
         raise ValueError(f"width must be a multiple of head_width, got {config.width} and {config.head_width}")

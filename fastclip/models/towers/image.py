@@ -19,7 +19,7 @@ def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
     """Build CLIP's ViT, images (B, 3, H, W) -> (B, embed_dim): the class token after a projection without bias.
 
     Raises:
-        ValueError: The width is not a multiple of head_width, or image_size is not a multiple of patch_size.
+        ValueError: the width is not a multiple of head_width, or image_size is not a multiple of patch_size.
     """
     width = config.width
     if width % config.head_width:

@@ -26,16 +26,16 @@ class TextTransformer(nn.Module):
     because attention looks only backwards.
 
     Args:
-        width: Width of the residual stream, a multiple of ``heads``.
-        layers: Number of blocks.
-        heads: Attention heads per block (CLIP: width / 64).
+        width: width of the residual stream, a multiple of ``heads``.
+        layers: number of blocks.
+        heads: attention heads per block (CLIP: width / 64).
         output_dim: D, the length of the features.
-        context_length: Maximum number of tokens per text.
-        vocab_size: Number of token ids.
-        quick_gelu: Use x sigmoid(1.702 x) in place of GELU, as OpenAI's weights need.
+        context_length: maximum number of tokens per text.
+        vocab_size: number of token ids.
+        quick_gelu: use x sigmoid(1.702 x) in place of GELU, as OpenAI's weights need.
 
     Raises:
-        ValueError: The width is not a multiple of the heads.
+        ValueError: the width is not a multiple of the heads.
     """
 
     def __init__(
