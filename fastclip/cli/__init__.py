@@ -101,6 +101,8 @@ def _advice(command: str, error: Exception) -> str:
     if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
         return ""
     extra = "search" if command in _OF_SEARCH else "train"
+    if getattr(error, "name", None) == "datasets":  # of the Hugging Face Hub
+        extra = "hf"
     return f"; to install what this command needs, run pip install '.[{extra}]' in the folder of fastclip's source code"
 
 

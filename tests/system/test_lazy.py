@@ -230,6 +230,7 @@ def test_package_that_models_import_late_is_missed_early(package: str) -> None:
     [
         ("train --data digits --model ViT-tiny --output x", "tyro", "train"),
         ("filter --data digits --checkpoint x --output x", "pyarrow", "search"),
+        ("data check hf:x", "datasets", "hf"),
     ],
 )
 def test_command_says_which_extra_it_needs(line: str, package: str, extra: str) -> None:
