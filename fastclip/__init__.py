@@ -72,8 +72,9 @@ def __getattr__(name: str) -> Any:
             raise
         # The encoders need timm and transformers, which the losses do not.
         what = f"fastclip.{name} needs {error.name or error}, which is not installed"
-        advice = "run pip install '.[models]' in the folder of fastclip's source code"
-        raise ImportError(f"{what}: {advice}", name=error.name) from error
+        from fastclip.system.installed import install_advice
+
+        raise ImportError(f"{what}: {install_advice('models')}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

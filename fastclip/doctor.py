@@ -18,7 +18,7 @@ from fastclip._backends.advice import mending
 from fastclip.parity.compare import Row, alone
 from fastclip.system import env, machine
 from fastclip.system.cores import contended
-from fastclip.system.installed import installed_version
+from fastclip.system.installed import install_advice, installed_version
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 
@@ -129,9 +129,8 @@ def _served() -> Iterator[Finding]:
             except RuntimeError as error:  # FASTCLIP_BACKEND names a backend that refuses
                 yield _finding("served by", name, str(error), unset)
                 continue
-            except (
-                ValueError
-            ) as error:  # FASTCLIP_BACKEND is not the name of a backend: the other lines would repeat this
+            except ValueError as error:
+                # FASTCLIP_BACKEND is not the name of a backend: the other lines would repeat this
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
             if chosen == "reference" and env.backend() != "reference":
@@ -207,7 +206,7 @@ def _extras() -> Iterator[Finding]:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         bare = "not installed: this is the source tree only"
-        yield Finding("extras", DISTRIBUTION, bare, "", "run pip install . in the folder of fastclip's source code")
+        yield Finding("extras", DISTRIBUTION, bare, "", install_advice())
         return
     for extra, what in EXTRAS.items():
         try:
@@ -215,11 +214,7 @@ def _extras() -> Iterator[Finding]:
             value = f"lacks {', '.join(missing)}" if missing else "installed"
         except ModuleNotFoundError:  # the package `packaging`, which every extra installs, is missing
             value = "not installed"
-        advice = (
-            ""
-            if value == "installed"
-            else f"for {what}: run pip install '.[{extra}]' in the folder of fastclip's source code"
-        )
+        advice = "" if value == "installed" else f"for {what}: {install_advice(extra)}"
         yield Finding("extras", extra, value, "", advice)
 
 

@@ -6,7 +6,7 @@ from fastclip._backends.native import bare_clone
 
 __all__ = ["mending"]
 
-_ANOTHER_BUILD = "rebuild fastclip from its clone: pip install --force-reinstall --no-deps ."
+_ANOTHER_BUILD = "rebuild fastclip in the folder of its source code: pip install --force-reinstall --no-deps ."
 _TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc (on the PATH)"}
 
 

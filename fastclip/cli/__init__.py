@@ -30,6 +30,7 @@ from fastclip.cli.ending import Terminated, message_of, sigterm_raises
 from fastclip.cli.help import describe
 from fastclip.cli.printing import LogLines, complain, leave_stdout, prepare_streams
 from fastclip.system.env import let_threads_sleep
+from fastclip.system.installed import install_advice
 
 __all__ = ["main"]
 
@@ -103,7 +104,7 @@ def _advice(command: str, error: Exception) -> str:
     extra = "search" if command in _OF_SEARCH else "train"
     if getattr(error, "name", None) == "datasets":  # of the Hugging Face Hub
         extra = "hf"
-    return f"; to install what this command needs, run pip install '.[{extra}]' in the folder of fastclip's source code"
+    return f"; to install what this command needs, {install_advice(extra)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -110,10 +110,8 @@ def _check_data(args: argparse.Namespace) -> int:
     width = max(18, 2 + max(len(name) for name, _ in lines))
     say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
-        complain(
-            "fastclip data: parts of the data (shards, or datasets joined by ::) damaged or impossible to read: "
-            f"{len(problems)}"
-        )
+        bad = counted(len(problems), "shard or dataset", "shards or datasets")
+        complain(f"fastclip data: {bad} cannot be read completely")
         return 1
     if report.bad_share > args.max_bad:
         complain(

@@ -101,7 +101,7 @@ def _finetune(args: argparse.Namespace) -> None:
             return
         saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
         run.mix(saved)
-        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses)} of them in this run"
+        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses):,} of them in this run"
         say(f"{run.save()}: {steps}; alpha {saved:g}")
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})

@@ -10,13 +10,13 @@ from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from fastclip.cli.printing import leave_stdout
+from fastclip.system.installed import install_advice
 from fastclip.training.option_words import option_words
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["HELP", "HelpFormatter", "OptionsHelp", "add_training_option", "describe"]
 
 HELP = "show this help message and exit"  # as argparse and tyro put it
-_INSTALL = "pip install '.[train]' in the folder of fastclip's source code"
 _EXAMPLES = "examples:\n  "
 
 
@@ -94,7 +94,9 @@ class OptionsHelp(argparse.Action):
             print(f"\n{examples}")
             sys.stdout.flush()
         except ModuleNotFoundError as error:  # raised while arguments are parsed, where `main` does not see it
-            parser.exit(1, f"{parser.prog}: to see the training options, which need {error.name}, run {_INSTALL}\n")
+            parser.exit(
+                1, f"{parser.prog}: to see the training options, which need {error.name}, {install_advice('train')}\n"
+            )
         except BrokenPipeError:  # the reader has seen enough, as in `fastclip train --help | head`
             leave_stdout()
         finally:
@@ -103,8 +105,7 @@ class OptionsHelp(argparse.Action):
 
     def _print_options(self) -> None:
         """Print the help of the other options, without its usage line if this parser has shown one for all options."""
-        # A TextIOWrapper, because tyro asks for the encoding
-        printed = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, newline="\n")
+        printed = _Printed(sys.stdout)
         try:
             with nullcontext() if self.alone else redirect_stdout(printed):
                 self.options_help()
@@ -112,5 +113,20 @@ class OptionsHelp(argparse.Action):
             if end.code:
                 raise
         if not self.alone:
-            printed.seek(0)
-            print(printed.read().partition("\n\n")[2], end="")
+            usage, _, text = printed.getvalue().partition("\n\n")
+            print(text or usage, end="")
+
+
+class _Printed(io.StringIO):
+    """Text that is printed as if to `stream`, whose encoding and colours tyro looks up."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())

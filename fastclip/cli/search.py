@@ -157,9 +157,11 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
         complain("fastclip search: interrupted; images that are already indexed are kept")
         return 130
     if not matches:
-        hint = ", or leave out --no-indexing" if args.no_indexing else ""
+        hints = [] if engine.count() else ["check the folder"]
+        hints += ["leave out --no-indexing"] if args.no_indexing else []
         others = " except those of the query" if engine.count() else ""
-        complain(f"fastclip search: no images of {engine.folder}{others} are indexed: check the folder{hint}")
+        advice = f": {', or '.join(hints)}" if hints else ""
+        complain(f"fastclip search: no images of {engine.folder}{others} are indexed{advice}")
     _print(matches, args)
     return 0
 

@@ -48,7 +48,7 @@ def _train(args: argparse.Namespace) -> None:
         logger.info("the cores are busy, so OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE)")
     run = train(options)
     if first:
-        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses)} of them in this run in {run.seconds:.1f} s"
+        steps = f"{counted(run.steps, 'step')} in all, {len(run.losses):,} of them in this run in {run.seconds:.1f} s"
         say(f"{run.folder}: {steps}, with backend {run.backend!r}")
         results = {"loss": run.losses[-1], **run.validation} if run.losses else {}
         say("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

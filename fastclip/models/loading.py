@@ -119,7 +119,7 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
         if said != true and None not in (said, true):
             raise ValueError(
                 f"{pretrained} has {option} {true} in its {tower}, but {name} has {said}: "
-                "leave out the name of the model (--model)"
+                "name a model that fits, or no model where --model is optional"
             )
     image, their_image = config.vision_cfg, theirs.vision_cfg
     if isinstance(image, EfficientNetConfig) and isinstance(their_image, EfficientNetConfig):

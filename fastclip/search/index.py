@@ -202,9 +202,8 @@ class Index:
     def _make(self) -> None:
         with self._writing():
             if self._number("PRAGMA user_version") == 0:  # otherwise another process was first
-                if self._number(
-                    "SELECT COUNT(*) FROM sqlite_master"
-                ):  # a database of another program, without a version
+                # A database without a version that has tables belongs to another program
+                if self._number("SELECT COUNT(*) FROM sqlite_master"):
                     raise ValueError(f"{self.file} is not a search index: remove it to build one")
                 for statement in _TABLES.split(";")[:-1]:
                     self._run(statement)

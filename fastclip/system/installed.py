@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["installed_file", "installed_version"]
+__all__ = ["install_advice", "installed_file", "installed_version"]
 
 
 def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
@@ -33,3 +33,9 @@ def installed_version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return ""
+
+
+def install_advice(extra: str = "") -> str:
+    """Return the advice to install fastclip, with the packages of an extra."""
+    what = f"'.[{extra}]'" if extra else "."
+    return f"run pip install {what} in the folder of fastclip's source code"

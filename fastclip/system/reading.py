@@ -64,13 +64,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             values = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # constructors raise these, too
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Constructors of values raise the others
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")

@@ -73,7 +73,7 @@ def doubts(
     if micro is not None and options.is_cached(ranks) and (rest := share % micro):
         yield (
             f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has only "
-            f"{rest}, which wastes time; choose a divisor"
+            f"{rest}, which wastes time; a batch whose share is a multiple of {micro} avoids this"
         )
     if options.label_smoothing == 1:
         yield "--label-smoothing 1: every text is equally correct, so nothing is learned"
@@ -90,7 +90,7 @@ def doubts_of_schedule(*, warmup: int, steps: int, lr: float) -> Iterator[str]:
     if warmup >= steps:
         reached = f"{lr * steps / warmup:.3g}" if warmup else "0"
         rise = f"--warmup {warmup} of {steps} steps"
-        yield f"{rise}: the learning rate rises until the last step ({reached}) and never decays"
+        yield f"{rise}: the learning rate rises to {reached} at the last step and never decays"
 
 
 def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[str]:

@@ -15,7 +15,7 @@ from fastclip._backends import cpu, native, triton
 from fastclip._backends.advice import mending
 
 REASON = "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
-TODO = "install a C++ compiler, then rebuild fastclip from its clone: pip install"
+TODO = "install a C++ compiler, then rebuild fastclip in the folder of its source code: pip install"
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "If arguments disagree (without `equal_shares`) or a process dies, the others raise an error and none hangs",
+        "If arguments disagree (without `equal_shards`) or a process dies, the others raise an error and none hangs",
         tests=[
             "distributed/test_distributed.py::test_ranks_that_disagree_raise_everywhere",
             "distributed/test_distributed.py::test_a_rank_that_dies_is_an_error_of_the_others",

@@ -381,7 +381,7 @@ def test_replacements_are_the_same_however_read(tmp_path: Path, options: dict[st
 @pytest.mark.parametrize("workers", [0, 1])
 def test_source_that_gives_nothing_stops_with_causes_and_names(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(HTML, b"x"), (picture(), b" ")])))
-    message = rf"^{re.escape(str(tmp_path))}: none of the 2 different samples that were drawn in 100 tries can be used "
+    message = rf"^{re.escape(str(tmp_path))}: 100 tries found no usable sample among 2 different samples "
     message += r"\(see `fastclip data check`\): 1 not an image \(.*000\.png\), 1 em"
     with pytest.raises(ValueError, match=message):
         next(training_batches(source, plain, tokenize, batch_size=2, last_step=1, workers=workers))

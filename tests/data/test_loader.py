@@ -283,9 +283,7 @@ def test_missing_shard_is_an_os_error(broken_shards: Path, workers: int) -> None
         next(batches)
 
 
-@pytest.mark.fault(
-    "A transform fails in an evaluation that does not collect unusable samples", "An error names the sample"
-)
+@pytest.mark.fault("A transform fails in an evaluation that skips no samples", "An error names the sample")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_names_the_sample(workers: int) -> None:
     def fail(image: Image.Image) -> Tensor:
@@ -323,10 +321,7 @@ class Wordy(Gradients):
 
 
 @forked_workers
-@pytest.mark.fault(
-    "kill -9 of a program whose workers read",
-    "The workers end too, so that a program that reads its output through a pipe does not wait",
-)
+@pytest.mark.fault("kill -9 of a program whose workers read", "The workers end too, and a pipe from it is closed")
 @pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
 def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
     """Workers end with a killed program, although forked siblings hold both ends of their pipes."""

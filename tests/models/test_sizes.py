@@ -224,6 +224,6 @@ def test_what_lies_beside_the_weights_rules_over_the_name(tmp_path: Path, caplog
     assert said in caplog.text
 
     build_model(replace(config, text_cfg=replace(config.text_cfg, heads=4))).save_pretrained(tmp_path / "y")
-    refused = "y has heads 4 in its text_cfg, but ViT-tiny has 2: leave out the name of the model"
+    refused = "y has heads 4 in its text_cfg, but ViT-tiny has 2: name a model that fits"
     with pytest.raises(ValueError, match=refused):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "y")

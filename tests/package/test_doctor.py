@@ -108,7 +108,7 @@ def test_dense_service_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "backends", lambda: {"cuda": "no driver", "cpu": reason, "reference": "available"})
     found = findings(doctor._backends)
     assert found["cpu"].state == "warning" and found["cpu"].advice.startswith(
-        "install a C++ compiler, then rebuild fastclip from its clone"
+        "install a C++ compiler, then rebuild fastclip in the folder of its source code"
     )
     assert found["cuda"].state == found["cuda"].advice == ""  # without a GPU nothing can be done
 

@@ -158,10 +158,7 @@ def test_folder_without_other_pictures_than_the_querys_is_told(
     folder = tmp_path.resolve() / "photos"
     picture = draw(folder / "a.png", 1)
     assert search(picture, folder) == (0, b"")
-    assert (
-        f"fastclip search: no images of {folder} except those of the query are indexed: check the folder"
-        in capsys.readouterr().err
-    )
+    assert f"fastclip search: no images of {folder} except those of the query are indexed" in capsys.readouterr().err
     picture.unlink()
     assert search("dog", folder) == (0, b"")
     assert f"fastclip search: no images of {folder} are indexed: check the folder" in capsys.readouterr().err

@@ -48,9 +48,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
         ({"batch_size": 1, "loss": "clip"}, "--batch-size 1: the loss of one pair is always 0, so nothing is learned"),
         (
             {"warmup": 4},
-            "--warmup 4 of 2 steps: the learning rate rises until the last step (0.00025) and never decays",
+            "--warmup 4 of 2 steps: the learning rate rises to 0.00025 at the last step and never decays",
         ),
-        ({"warmup": 2}, "--warmup 2 of 2 steps: the learning rate rises until the last step (0.0005) and never decays"),
+        ({"warmup": 2}, "--warmup 2 of 2 steps: the learning rate rises to 0.0005 at the last step and never decays"),
         ({"warmup": 1}, None),
         (
             {"micro_batch": 7},

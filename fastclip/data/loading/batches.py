@@ -19,6 +19,7 @@ from fastclip.data.loading.order import Draw, Order, mix
 from fastclip.data.loading.watchdog import Watch
 from fastclip.data.loading.workers import load, unshared
 from fastclip.data.source import Record, Source
+from fastclip.system.plural import counted
 
 __all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"]
 
@@ -255,7 +256,7 @@ def _usable(
     if len(faults) == 1:
         raise BadSample(*faults[0])
     tried = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
-    what = f"none of the {len(tried)} different samples that were drawn in {len(faults)} tries can be used"
+    what = f"{len(faults)} tries found no usable sample among {counted(len(tried), 'different sample')}"
     raise ValueError(f"{watch.source.spec}: {what} (see `fastclip data check`): {Tally(tried)}")
 
 
