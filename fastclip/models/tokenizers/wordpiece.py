@@ -85,6 +85,6 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
             raise ValueError(f"{vocabulary} is not a vocabulary or tokenizer of BERT: {message}") from error
         raise FileNotFoundError(
             f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Download it with "
-            f"`hf download {vocabulary}`, or give a file: beside the configuration file of the model, with --vocabulary, "
+            f"`hf download {vocabulary}`, or give a file: beside the configuration of the model, with --vocabulary, "
             "or as in get_tokenizer(name, vocabulary='path/to/vocab.txt')"
         ) from error
