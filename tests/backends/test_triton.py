@@ -167,7 +167,7 @@ def test_interpreter_serves_by_name_only() -> None:
     image, text = pairs(8, 8, 4)
     assert fastclip.backends()["triton"] == "available"
     assert backend.refuses(image, named=True) is None
-    assert "its interpreter, for debugging, needs backend='triton'" in str(backend.refuses(image, named=False))
+    assert "to debug it in Triton's interpreter, pass backend='triton'" in str(backend.refuses(image, named=False))
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         fastclip.contrastive_loss(image.bfloat16(), text.bfloat16(), 5.0, backend="triton")
     with pytest.raises(RuntimeError, match="supports float32, bfloat16 and float16, not float64"):

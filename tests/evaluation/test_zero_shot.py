@@ -170,7 +170,7 @@ def test_templates_are_open_clips_or_of_a_file(tmp_path: Path) -> None:
     file.write_bytes(b"a \xff {}")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_templates(str(file))
-    with pytest.raises(FileNotFoundError, match="openai and simple"):
+    with pytest.raises(FileNotFoundError, match="openai or simple"):
         read_templates("imagenet")
 
 

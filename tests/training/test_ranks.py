@@ -173,7 +173,7 @@ def test_model_with_statistics_is_validated_as_it_is_saved(folder: Path) -> None
 
 def test_fsdp_with_unequal_numbers_of_micro_batches_is_refused(folder: Path) -> None:
     told = {of_rank(folder, "counts", rank) for rank in range(W)}
-    assert len(told) == 1 and "in micro-batches of 12 gives 1 or 2 micro-batches" in told.pop()
+    assert len(told) == 1 and "the 2 processes have 1 or 2 micro-batches of 12" in told.pop()
 
 
 def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
