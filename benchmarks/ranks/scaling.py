@@ -64,9 +64,9 @@ def time_table(D: int) -> str:
     """
 
     def cell(W: int, N: int) -> str:
-        fits = (memory(form, W, N, D) < GPU_BYTES for form in FORMS)
-        ms = [_number(1e3 * time(form, W, N, D).total) if fit else "-" for form, fit in zip(FORMS, fits)]
-        gather = time("fastclip_gather", W, N, D)
+        times = {form: time(form, W, N, D) for form in FORMS}
+        ms = [_number(1e3 * t.total) if memory(form, W, N, D) < GPU_BYTES else "-" for form, t in times.items()]
+        gather = times["fastclip_gather"]
         waits = "\u2020" if gather.products + gather.memory < HOST else ""
         return " / ".join(ms) + ("\\*" if N // W < SMALL else waits)
 

@@ -68,17 +68,15 @@ def parse_dataclass(
     """
     import tyro
 
+    def described(name: str, kind: Any, words: OptionWords, value: Any) -> tuple[str, Any, Any]:
+        settings = tyro.conf.arg(help=words.text, help_behavior_hint=words.default, metavar=words.metavar)
+        return name, Annotated[kind, settings], field(default=value)
+
     kind: Any = options
     types, words = get_type_hints(kind), option_words(kind)
-    described: list[tuple[str, Any, Any]] = []
-    for f in fields(kind):
-        text, default, metavar = words[f.name]
-        settings = tyro.conf.arg(help=text, help_behavior_hint=default, metavar=metavar)
-        described.append((f.name, Annotated[types[f.name], settings], field(default=f.default)))
-    for name, (text, default, metavar) in (also or {}).items():
-        settings = tyro.conf.arg(help=text, help_behavior_hint=default, metavar=metavar)
-        described.append((name, Annotated[str | None, settings], field(default=None)))
-    shown = make_dataclass(options.__name__, described, bases=(options,), frozen=True)
+    shown_fields = [described(f.name, types[f.name], words[f.name], f.default) for f in fields(kind)]
+    shown_fields += [described(name, str | None, read, None) for name, read in (also or {}).items()]
+    shown = make_dataclass(options.__name__, shown_fields, bases=(options,), frozen=True)
     parsed: Any = tyro.cli(shown, prog=prog, description=description, args=args)
     return options(**{name: getattr(parsed, name) for name in words})
 
