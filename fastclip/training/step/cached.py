@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from fastclip.training.step.exchange import exchanging, no_exchange
+from fastclip.training.step.replay import Arguments, Buffers, generators, restoring, set_generators
 
 __all__ = ["cached_step"]
 
@@ -25,6 +25,7 @@ def cached_step(
     modules: Sequence[nn.Module] | None = None,
     keep_on: torch.device | str | None = None,
     grad_scaler: Any = None,
+    keep_graphs: int = 0,
 ) -> Tensor:
     """Compute the gradients of a loss over all micro-batches with the activation memory of a single micro-batch.
 
@@ -32,7 +33,7 @@ def cached_step(
     features together is differentiated once, with respect to the features. Third, each micro-batch is embedded again,
     with the same random numbers, and back-propagated from the gradients of its features. The result equals the
     gradients of a single pass over the whole batch, including that of the temperature, at the cost of a second forward
-    pass. Gradients are added to ``.grad``, as ``loss.backward()`` does. Zeroing gradients, clipping them and stepping
+    pass, which `keep_graphs` saves for as many micro-batches as memory holds. Gradients are added to ``.grad``, as ``loss.backward()`` does. Zeroing gradients, clipping them and stepping
     the optimiser are left to the caller.
 
         loss = cached_step(model, zip(images.split(64), ids.split(64)), lambda i, t, s: contrastive_loss(i, t, s))
@@ -54,13 +55,16 @@ def cached_step(
             forward pass changes its buffers. Third, it draws random numbers on a GPU that holds none of the arguments.
         keep_on: device on which features are stored and the loss is computed (default: the features' device).
         grad_scaler: ``torch.amp.GradScaler`` by whose scale the gradients are multiplied.
+        keep_graphs: number of micro-batches, counted from the first, whose activations are kept in memory from the first
+            pass on, so that they are embedded only once. The gradients are the same bit for bit. If a module exchanges
+            gradients (DistributedDataParallel, FSDP), the last micro-batch is always embedded again.
 
     Returns:
         The loss (), detached and not scaled.
 
     Raises:
         TypeError: a micro-batch is a tensor, a mapping or a string instead of a sequence of arguments.
-        ValueError: there are no micro-batches, `forward` or `loss` returns something other than what is described
+        ValueError: there are no micro-batches, `keep_graphs` is negative, `forward` or `loss` returns something other than what is described
             above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
 
     Dropout and drop path draw the same masks in both passes: torch's generators of the CPU and of all GPUs on which
@@ -70,25 +74,31 @@ def cached_step(
     gradients differ from those of a single pass over the whole batch. `torch.autocast` around the call applies to both
     passes.
     """
-    return _Passes(forward, micro_batches, modules).step(loss, keep_on, grad_scaler)
+    if keep_graphs < 0:
+        raise ValueError(f"keep_graphs must be at least 0, got {keep_graphs}")
+    return _Passes(forward, micro_batches, modules, keep_graphs).step(loss, keep_on, grad_scaler)
 
 
 class _Passes:
     """The two passes of a step over its micro-batches. The second replays random numbers and buffers of the first."""
 
-    def __init__(self, forward: _Forward, micro_batches: Iterable[Any], modules: Any) -> None:
+    def __init__(self, forward: _Forward, micro_batches: Iterable[Any], modules: Any, keep_graphs: int) -> None:
         self._forward = forward
-        self._batches = [_Arguments(batch) for batch in micro_batches]
+        self._batches = [Arguments(batch) for batch in micro_batches]
         if not self._batches:
             raise ValueError("cached_step needs at least one micro-batch")
         if modules is None:
             modules = [forward] if isinstance(forward, nn.Module) else []
         self._modules: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+        # Modules prepare the exchange of gradients in the forward pass that precedes the exchange
+        exchanges = any(True for module in self._modules for _ in exchanging(module))
+        self._kept = min(keep_graphs, len(self._batches) - exchanges)  # the first micro-batches keep their graphs
+        self._graphs: list[tuple[Tensor, ...]] = []  # outputs of these micro-batches
         tensors = [x for batch in self._batches for x in batch.tensors]
         tensors += [p for module in self._modules for p in module.parameters()]
         self._places = [torch.empty(0, device=device) for device in {x.device for x in tensors}]
         self._states: list[tuple[Tensor, Any, Any]] = []  # states of the generators before each micro-batch
-        self._buffers = _Buffers(self._modules)
+        self._buffers = Buffers(self._modules)
 
     def step(self, loss: Callable[..., Tensor], keep_on: torch.device | str | None, grad_scaler: Any) -> Tensor:
         outputs = self._first()
@@ -107,11 +117,14 @@ class _Passes:
         return value.detach()
 
     def _first(self) -> list[tuple[Tensor, ...]]:
-        """Return the outputs of `forward` for each micro-batch, computed without a graph."""
-        outputs = []
-        with torch.no_grad(), _no_exchange(self._modules), self._buffers.noted():
-            for batch in self._batches:
-                self._states.append(_generators(self._places))
+        """Return the outputs of `forward` for each micro-batch, without a graph; `_graphs` keeps those of the first."""
+        with no_exchange(self._modules):
+            for batch in self._batches[: self._kept]:
+                self._graphs.append(_checked(self._forward(*batch.unchanged())))
+        outputs = [tuple(x.detach() for x in of_batch) for of_batch in self._graphs]
+        with torch.no_grad(), no_exchange(self._modules), self._buffers.noted():
+            for batch in self._batches[self._kept :]:
+                self._states.append(generators(self._places))
                 outputs.append(_checked(self._forward(*batch.unchanged())))
         # Under no_grad, older versions of torch's autocast cache casts of the weights that have no graph; the second
         # pass would reuse them and the weights would get no gradient
@@ -120,13 +133,17 @@ class _Passes:
 
     def _second(self, gradients: list[Any], rest: list[Tensor], direct: list[tuple[Tensor, Tensor]]) -> None:
         """Back-propagate each micro-batch from its part of the features' `gradients`, and the last also from `rest`."""
-        after = _generators(self._places)  # the state after the loss, which may have drawn random numbers, too
-        with self._buffers.replayed(), _restoring(after):
+        after = generators(self._places)  # the state after the loss, which may have drawn random numbers, too
+        self._graphs.reverse()
+        with self._buffers.replayed(), restoring(after):
             for k, batch in enumerate(self._batches):
                 last = k == len(self._batches) - 1
-                _set_generators(self._states[k])
-                with nullcontext() if last else _no_exchange(self._modules):
-                    outputs = _checked(self._forward(*batch.unchanged()))
+                with nullcontext() if last else no_exchange(self._modules):
+                    if self._graphs:
+                        outputs = self._graphs.pop()  # freed by its backward pass
+                    else:
+                        set_generators(self._states[k - self._kept])
+                        outputs = _checked(self._forward(*batch.unchanged()))
                     upstream = [None if d is None else d[k] for d in gradients]
                     if last:  # the scale and the bias are shared by all micro-batches, so their gradients count once
                         upstream += [x.grad for x in rest]
@@ -175,7 +192,7 @@ def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, T
     does not use, and averages their ``.grad``. A gradient that autograd delivers for them later would be an error.
     """
     looking = (
-        one for module in modules for one in _exchanging(module) if getattr(one, "find_unused_parameters", False)
+        one for module in modules for one in exchanging(module) if getattr(one, "find_unused_parameters", False)
     )
     unused = dict.fromkeys(p for one in looking for p in one.parameters())
     for p, d in direct:
@@ -186,7 +203,7 @@ def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, T
 
 def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
     """Raise ValueError if the wrapper of `module` would not average the gradients of the parameters in `direct`."""
-    if direct and any(getattr(one, "static_graph", False) for one in _exchanging(module)):
+    if direct and any(getattr(one, "static_graph", False) for one in exchanging(module)):
         raise ValueError(
             "loss reads a parameter directly, which DistributedDataParallel(static_graph=True) does not support: let "
             "forward return the value that loss needs, after the features"
@@ -236,138 +253,3 @@ def _described(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a tensor {tuple(x.shape)}"
     return f"({', '.join(map(_described, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
-
-
-@contextmanager
-def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep DistributedDataParallel and FSDP from exchanging gradients inside the context."""
-    with ExitStack() as stack:
-        for module in modules:
-            for one in _exchanging(module):
-                stack.enter_context(_left_alone(one))
-        yield
-
-
-def _exchanging(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules that exchange gradients: `module`, or modules inside that are wrapped one by one."""
-    if hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync"):
-        yield module
-        return
-    for child in module.children():
-        yield from _exchanging(child)
-
-
-@contextmanager
-def _left_alone(module: nn.Module) -> Iterator[None]:
-    no_sync = getattr(module, "no_sync", None)  # DistributedDataParallel, FSDP
-    switch = getattr(module, "set_requires_gradient_sync", None)  # FSDP2
-    if switch is not None:
-        switch(False)
-    try:
-        with nullcontext() if no_sync is None else no_sync():
-            yield
-    finally:
-        if switch is not None:
-            switch(True)
-
-
-class _Arguments:
-    """Arguments of one micro-batch. They may not change between the passes, which `unchanged` checks."""
-
-    def __init__(self, batch: Any) -> None:
-        if isinstance(batch, (Tensor, Mapping, str)):
-            raise TypeError(
-                "a micro-batch must be the arguments of forward, as in zip(images.split(64), ids.split(64)), got "
-                f"{type(batch).__name__}. If forward takes one argument, pass [(batch,) for batch in micro_batches]"
-            )
-        self._values = tuple(batch)
-        self.tensors = [x for x in tree_leaves(self._values) if isinstance(x, Tensor)]
-        self._versions = self._versions_now()
-
-    def unchanged(self) -> tuple[Any, ...]:
-        if self._versions_now() != self._versions:
-            raise ValueError(
-                "a tensor of a micro-batch has changed: cached_step collects all micro-batches first and reads each of "
-                "them twice. Let forward change a copy, and do not reuse tensors between micro-batches"
-            )
-        return self._values
-
-    def _versions_now(self) -> list[int]:
-        return [x._version for x in self.tensors if not x.is_inference()]
-
-
-def _generators(places: Iterable[Tensor]) -> tuple[Tensor, Any, Any]:
-    """Return the states of torch's generators of the CPU and of the GPUs on which the tensors `places` are."""
-    return (torch.get_rng_state(), *get_device_states(*places))
-
-
-def _set_generators(states: tuple[Tensor, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    set_device_states(*states[1:])
-
-
-@contextmanager
-def _restoring(states: tuple[Tensor, Any, Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        _set_generators(states)
-
-
-class _Buffers:
-    """Buffers such as running statistics.
-
-    The second pass must find the buffers as the first pass found them, and leave them as the first pass left them.
-    Between the passes a module may have written into a buffer or replaced it by another tensor.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        owners = dict.fromkeys(owner for module in modules for owner in module.modules())
-        self._places = [(owner, name) for owner in owners for name in owner._buffers]
-        self._first = self._now()
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Record the buffers at the start of the first pass, when DistributedDataParallel has sent those of rank 0."""
-        inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
-        note = self._note
-        # A compiled graph of the wrapper must not contain this hook. torch.compiler loads dynamo, which takes seconds
-        if "torch._dynamo" in sys.modules:
-            note = torch.compiler.disable(note)
-        handles = [one.register_forward_pre_hook(note) for one in inner if isinstance(one, nn.Module)]
-        self._awaited = {*inner}
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        after = self._now()
-        self._write(self._first)
-        try:
-            yield
-        finally:
-            self._write(after)
-
-    def _note(self, module: nn.Module, args: Any) -> None:
-        if module in self._awaited:
-            self._awaited.remove(module)
-            inside = {*module.modules()}
-            now = zip(self._places, self._now(), self._first)
-            self._first = [new if owner in inside else old for (owner, _), new, old in now]
-
-    def _now(self) -> list[Tensor | None]:
-        buffers = (owner._buffers.get(name) for owner, name in self._places)
-        return [None if x is None else x.clone() for x in buffers]
-
-    def _write(self, values: list[Tensor | None]) -> None:
-        with torch.no_grad():
-            for (owner, name), value in zip(self._places, values):
-                there = owner._buffers.get(name)
-                if there is None or value is None or (there.shape, there.dtype) != (value.shape, value.dtype):
-                    owner._buffers[name] = None if value is None else value.clone()
-                else:  # in place: DistributedDataParallel, for example, refers to this tensor
-                    there.copy_(value)
