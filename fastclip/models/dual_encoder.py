@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,15 @@ class DualEncoder(nn.Module):
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
-        """Return the features of texts, token ids (B, L) -> (B, D), scaled to unit length with ``normalize``."""
-        features = self.text(ids)
+    def encode_text(self, ids: Tensor | Sequence[Tensor], normalize: bool = False) -> Tensor:
+        """Return the features of texts, token ids (B, L) -> (B, D), scaled to unit length with ``normalize``.
+
+        Several tensors of ids may have different lengths L. Their features are concatenated.
+        """
+        features = self.text(ids) if isinstance(ids, Tensor) else torch.cat([self.text(part) for part in ids])
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, images: Tensor, ids: Tensor, normalize: bool = True) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, ids: Tensor | Sequence[Tensor], normalize: bool = True) -> tuple[Tensor, ...]:
         """Return image features (M, D), text features (N, D) and the exponentiated logit scale.
 
         A model with ``logit_bias`` returns the bias as a fourth value, like open_clip's models. The outputs are the
@@ -84,7 +87,7 @@ class DualEncoder(nn.Module):
 
         Args:
             images: (M, 3, H, W) float.
-            ids: token ids (N, L).
+            ids: token ids (N, L), or several tensors of them, as `encode_text` takes.
             normalize: scale the features to unit length. With False, features keep the length and dtype of the towers'
                 outputs (bfloat16 under autocast), and fastclip's losses normalise them without an additional rounding.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -52,6 +53,11 @@ class BertText(nn.Module):
         """Return features (B, D), not normalised, of token ids (B, L) that are padded with [PAD]."""
         hidden = self.bert(ids, attention_mask=(ids != PAD_ID).long()).last_hidden_state
         return self.proj(hidden[:, 0])
+
+    def lengths(self, ids: Tensor) -> Tensor:
+        """Return the number of tokens (B,) of token ids (B, L) up to the last one that is not [PAD], at least 1."""
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        return ((ids != PAD_ID) * places).amax(dim=1).clamp(min=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:

@@ -69,6 +69,10 @@ class TextTransformer(nn.Module):
         x = self.ln_final(x[torch.arange(len(ids), device=ids.device), end])
         return x @ self.text_projection
 
+    def lengths(self, ids: Tensor) -> Tensor:
+        """Return the number of tokens (B,) of token ids (B, L) up to the end-of-text token, the last that matters."""
+        return ids.argmax(dim=1) + 1
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
 

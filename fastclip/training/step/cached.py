@@ -191,9 +191,7 @@ def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, T
     With ``find_unused_parameters``, DistributedDataParallel has already marked as ready the parameters that `forward`
     does not use, and averages their ``.grad``. A gradient that autograd delivers for them later would be an error.
     """
-    looking = (
-        one for module in modules for one in exchanging(module) if getattr(one, "find_unused_parameters", False)
-    )
+    looking = (one for module in modules for one in exchanging(module) if getattr(one, "find_unused_parameters", False))
     unused = dict.fromkeys(p for one in looking for p in one.parameters())
     for p, d in direct:
         if p in unused:

@@ -17,6 +17,7 @@ from fastclip.training.ranks import World, mean_over_ranks, of_all_ranks, reduce
 from fastclip.training.signals import STATUSES
 from fastclip.training.step.cached import cached_step
 from fastclip.training.step.losses import NamedLoss
+from fastclip.training.step.micro_batches import MicroBatch, micro_batches, to_device
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import clip_gradients, gradient_norm
 
@@ -34,7 +35,9 @@ class StepReport(NamedTuple):
     grad_norm: float  # before clipping
     image_top1: float | None  # share of images whose most similar text in the batch is their own
     text_top1: float | None  # share of texts whose most similar image in the batch is their own
+    logit_scale: float  # exponentiated, after the update
     status: int = 0  # exit status if some process needs to end, else 0
+    tokens: int = 0  # tokens of this rank's texts, without padding
 
 
 class Stepper:
@@ -49,9 +52,12 @@ class Stepper:
         ema: moving average that is updated after each update of the weights.
         max_grad_norm: largest norm of the gradients; larger gradients are scaled down to it (None: no clipping).
         autocast: dtype in which the towers compute (None: the dtype of the weights).
-        keep_on: argument of `cached_step`.
+        keep_on, keep_graphs: arguments of `cached_step`.
         cached: use `cached_step` for a single micro-batch, too. This is needed if other ranks have several, because
             the features of all ranks must agree on whether they require gradients.
+        length_multiple, text_group: arguments of `micro_batches`. FSDP needs a text_group of None, because all ranks
+            must call the text tower equally often.
+        normalize_pixels: function that is applied to the images on the device, as integer images need (default: none).
     """
 
     def __init__(
@@ -67,10 +73,18 @@ class Stepper:
         autocast: torch.dtype | None = None,
         keep_on: torch.device | str | None = None,
         cached: bool = False,
+        keep_graphs: int = 0,
+        length_multiple: int = 1,
+        text_group: int | None = None,
+        normalize_pixels: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
-        self.cached = cached
+        self.cached, self.keep_graphs = cached, keep_graphs
+        self.length_multiple, self.text_group, self.normalize_pixels = length_multiple, text_group, normalize_pixels
+        # FSDP's gradients are DTensors, with which torch's fused optimisers take no tensor that tells them to skip
+        sharded = wrapped is model and world.group is not None
+        self._skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded
 
     def step(
         self,
@@ -93,60 +107,86 @@ class Stepper:
             FloatingPointError: the loss or a gradient is not finite. The message names the step and the samples, and
                 the weights are unchanged.
         """
+        device = self.world.device
+        pieces, text_order = micro_batches(
+            batches, self.model, device, length_multiple=self.length_multiple, group=self.text_group
+        )
         labels = torch.cat([batch.labels for batch in batches])
+        labels = to_device(labels, device if self.keep_on is None else torch.device(self.keep_on))
         features: list[Tensor] = []  # inputs of the loss: image features, text features and the scale
 
-        def forward(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            device = self.world.device
+        def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
+            images, ids = piece.arguments()
+            if self.normalize_pixels is not None:
+                images = self.normalize_pixels(images)
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                return self.wrapped(
-                    images.to(device, non_blocking=True), ids.to(device, non_blocking=True), normalize=False
-                )
+                return self.wrapped(images, ids, normalize=False)
 
         def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
+            text = text_order.in_batch_order(text)
             features.extend(x.detach() for x in (image, text, scale_and_bias[0]))
-            return self.loss.function(image, text, labels.to(image.device), *scale_and_bias)
+            return self.loss.function(image, text, labels, *scale_and_bias)
 
         self.optimizer.zero_grad()
-        if len(batches) == 1 and not self.cached:
-            value = loss(*forward(batches[0].images, batches[0].ids))
+        if len(pieces) == 1 and not self.cached:
+            value = loss(*forward(pieces[0]))
             value.backward()
         else:
-            pairs = [(batch.images, batch.ids) for batch in batches]
-            value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
+            value = cached_step(
+                forward,
+                [(piece,) for piece in pieces],
+                loss,
+                modules=[self.wrapped],
+                keep_on=self.keep_on,
+                keep_graphs=self.keep_graphs,
+            )
+        # Accuracy of the features before the update: embedding the batch again would cost another forward pass
+        shares = self._accuracy(labels, *features) if accuracy else []
         # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
         # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
         wished = status()
-        wishes = torch.tensor([wished == code for code in _STATUSES], dtype=torch.float64, device=value.device)
-        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)
-        whole = float(shared[0].to(value.dtype))
-        agreed = next((code for code, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
-        if not math.isfinite(whole):
-            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+        wishes = [torch.full_like(value, wished == code, dtype=torch.float64) for code in _STATUSES]
+        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, *shares)])
+        shared = mean_over_ranks(shared, self.world)
         if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
             reduce_unsharded(self.model, self.world)
-        norm = gradient_norm(self.model.parameters())
-        if not norm.isfinite():
-            message = f"the gradient of step {step} is {norm.item()}"
+        norm = gradient_norm(self.model.parameters()).to(device)
+        # The host waits for the device once in a step, after it has given it all the work. The update is therefore
+        # skipped on the device if a number is not finite. An optimiser that cannot do so waits for the host instead.
+        if self._skips_on_device:
+            self._update(norm, skip=~(shared[0].isfinite() & norm.isfinite()))
+        numbers = torch.cat([shared, torch.stack([norm, self.model.logit_scale.detach().exp()])]).tolist()
+        whole, grad_norm = (float(torch.tensor(x, dtype=value.dtype)) for x in (numbers[0], numbers[-2]))
+        agreed = next((code for code, share in zip(_STATUSES, numbers[1:]) if share), 0)
+        if not math.isfinite(whole):
+            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+        if not math.isfinite(grad_norm):
+            message = f"the gradient of step {step} is {grad_norm}"
             raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
+        if not self._skips_on_device:
+            self._update(norm)
+            numbers[-1] = float(self.model.logit_scale.detach().exp())
+        if self.ema is not None:
+            self.ema.update()
+        image_top1, text_top1 = numbers[1 + len(_STATUSES) : -2] or (None, None)
+        return StepReport(whole, grad_norm, image_top1, text_top1, numbers[-1], agreed, text_order.tokens)
+
+    def _update(self, norm: Tensor, skip: Tensor | None = None) -> None:
+        """Clip the gradients, of the given `norm`, and update the weights, unless `skip` (), bool, is true."""
         if self.max_grad_norm is not None:
-            clip_gradients(self.model.parameters(), self.max_grad_norm, norm)
+            # If the norm is not finite, the gradients must not change before they are named
+            clip_gradients(self.model.parameters(), self.max_grad_norm, norm.where(norm.isfinite(), 0.0))
+        if skip is not None:
+            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)  # Radford et al. 2021, section 2.5
-        if self.ema is not None:
-            self.ema.update()
-        # Accuracy of the features before the update: embedding the batch again would cost another forward pass
-        image_top1, text_top1 = self._accuracy(labels, *features) if accuracy else (None, None)
-        return StepReport(whole, norm.item(), image_top1, text_top1, agreed)
 
-    def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
-        labels = labels.to(image.device)
+    def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
+        """Return the shares () of this rank's images and texts whose most similar counterpart is their own."""
         pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if self.loss.with_labels else {}
         stats = contrastive_stats(image, text, scale, group=self.world.group, **pairs)
-        shares = torch.stack([stats.row_hit.double().mean(), stats.col_hit.double().mean()])
-        image_top1, text_top1 = mean_over_ranks(shares, self.world).tolist()
-        return image_top1, text_top1
+        return [stats.row_hit.double().mean(), stats.col_hit.double().mean()]
 
     def _explained(
         self, message: str, batches: Sequence[Batch], features: Sequence[Tensor], *, with_gradients: bool = False
@@ -163,7 +203,7 @@ class Stepper:
 
         parameters = dict(self.model.named_parameters())
         causes = {
-            "pixels": named([batch.images for batch in batches]),
+            "pixels": named([batch.images for batch in batches]),  # integer images are always finite
             "weights": [name for name, p in parameters.items() if not _finite(p)],
             "image features": named(features[:1]),
             "text features": named(features[1:2]),
