@@ -12,6 +12,7 @@ PROMISES = [
             "training/test_plan.py::test_plan_is_what_a_step_takes",
             "training/test_plan.py::test_footprint_of_one_layer_is_counted_by_hand",
             "training/test_plan.py::test_footprint_is_exact_for_other_batches",
+            "training/test_plan.py::test_kept_graphs_are_beside_each_phase",
             "training/test_plan.py::test_bf16_and_checkpointing_make_activations_smaller",
         ],
         breaks=[
@@ -28,6 +29,18 @@ PROMISES = [
                 new="return 0",
             ),
             Break(
+                "plan: kept graphs are not in memory during the loss",
+                "fastclip/training/planning/memory.py",
+                old="kept = self.graphs if self.cached else",
+                new="kept = 0 if self.cached else",
+            ),
+            Break(
+                "plan: kept graphs are not in memory while others are embedded",
+                "fastclip/training/planning/memory.py",
+                old="highest = max(highest, self.graphs + self.footprint.embedding_peak(self.micro_batch))",
+                new="highest = max(highest, self.footprint.embedding_peak(self.micro_batch))",
+            ),
+            Break(
                 "plan: bf16 is forgotten",
                 "fastclip/training/planning/footprint.py",
                 old='enabled=self.precision == "bf16"',
@@ -40,6 +53,7 @@ PROMISES = [
         "`fastclip plan` finds the largest micro-batch that fits in memory",
         tests=[
             "training/test_plan.py::test_largest_micro_batch_is_the_largest",
+            "training/test_plan.py::test_largest_number_of_graphs_is_the_largest",
             "training/test_plan.py::test_states_are_of_the_models_parameters",
             "training/test_plan.py::test_fsdp_holds_a_share",
             "training/test_plan.py::test_loss_is_that_of_the_scaling_model",

@@ -76,7 +76,7 @@ def train(options: dict[str, Any]) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=options.get("precision") == "bf16"):
             if len(pieces[0]) > 1:
-                cached_step(called, zip(*pieces), loss)
+                cached_step(called, zip(*pieces), loss, keep_graphs=options.get("keep_graphs", 0))
             else:
                 loss(*called(images, ids)).backward()
         optimizer.step()

@@ -21,6 +21,7 @@ from fastclip import create_model
 from fastclip.cli import main
 from fastclip.models import DualEncoder
 from fastclip.training import Plan, plan
+from fastclip.training.planning.report import table
 
 MIB, GIB = 2**20, 2**30
 # A model whose parameters and activations have similar sizes, so that memory peaks at another point of the step than in
@@ -54,6 +55,8 @@ def small() -> Plan:
         ("ViT-tiny", 512, 512, 1, {"precision": "bf16"}),
         ("wide", 16, 16, 1, {}),  # gradients are allocated while activations are freed
         ("wide", 32, 16, 2, {}),  # DDP's buckets and the gathered texts
+        ("ViT-tiny", 1024, 128, 1, {"keep_graphs": 5}),  # graphs beside the loss and beside passes without a graph
+        ("ViT-tiny", 512, 128, 1, {"keep_graphs": 4, "precision": "bf16"}),  # all graphs, each with casts of weights
     ],
 )
 def test_plan_is_what_a_step_takes(
@@ -77,6 +80,7 @@ def test_plan_is_what_a_step_takes(
         micro_batch=micro_batch,
         checkpointing=options.get("grad_checkpointing", False),
         precision=options.get("precision", "fp32"),
+        keep_graphs=options.get("keep_graphs", 0),
     )
     assert found.tensors / MIB == pytest.approx(float(done.stdout.split()[-1]), rel=0.15)
 
@@ -127,6 +131,8 @@ def test_footprint_is_exact_for_other_batches(name: str, checkpointing: bool) ->
         assert found.peak(pairs) == max(live for live, _ in run.history)
         assert found.peak(pairs, 0.5) == max(live + arrived // 2 for live, arrived in run.history)
         assert found.kept(pairs) == run.between[0]
+        run = traced._run(model, pairs, 32, model.config.text_cfg.context_length, "fp32", "cpu", grad=False)
+        assert found.embedding_peak(pairs) == max(live for live, _ in run.history)
 
 
 def test_moments_that_may_be_highest_are_kept() -> None:
@@ -134,7 +140,7 @@ def test_moments_that_may_be_highest_are_kept() -> None:
     moments = [traced.Moment(*row) for row in drawn.tolist()]
     kept = traced._highest(moments)
     assert 3 < len(kept) < 60
-    every, few = (traced.Footprint(tuple(m), moments[0], 1, 4) for m in (moments, kept))
+    every, few = (traced.Footprint(tuple(m), moments[0], (), 1, 4) for m in (moments, kept))
     for pairs in (0.01, 0.3, 1, 5, 100):
         for share in (0, 1, 50):
             assert few.peak(pairs, share) == every.peak(pairs, share)
@@ -178,6 +184,35 @@ def test_largest_micro_batch_is_the_largest(small: Plan, options: dict[str, Any]
         assert 2 * even > largest >= even and (p.pairs % even == 0 or even & even - 1 == 0)
     assert p.largest_micro_batch(totals[0] - 1) == p.even_micro_batch(totals[0] - 1) == 0
     assert p.largest_micro_batch(totals[-1] * 2) == p.even_micro_batch(totals[-1] * 2) == p.pairs
+
+
+def test_largest_number_of_graphs_is_the_largest(small: Plan) -> None:
+    alone = replace(small, batch_size=1024, world_size=1)  # 16 micro-batches of 64
+    totals = [replace(alone, keep_graphs=k).total for k in range(17)]
+    assert totals == sorted(totals) and totals[16] > totals[15] > totals[0]
+    for graphs in (1, 7, 16):
+        assert alone.largest_keep_graphs(totals[graphs]) == graphs
+        assert alone.largest_keep_graphs(totals[graphs] - 1) < graphs
+    assert alone.largest_keep_graphs(totals[0] - 1) == 0
+    assert replace(alone, keep_graphs=99).total == totals[16]
+    assert "of 7 of 16 micro-batches" in table(replace(alone, keep_graphs=7)) and "graphs" not in table(alone)
+    assert small.micro_batches == 16 and small.largest_keep_graphs(1 << 50) == 15  # the last exchanges gradients
+    assert replace(small, micro_batch=1024).largest_keep_graphs(1 << 50) == 0  # no gradient caching
+
+
+def test_kept_graphs_are_beside_each_phase(small: Plan) -> None:
+    def taken(graphs: int, *, forward: int, backward: int) -> float:
+        """Return the MiB per pair if a graph takes 10 of them. The loss takes less than one."""
+        peak, kept, embedding = (traced.Moment(0, size * MIB, 0) for size in (backward, 10, forward))
+        found = traced.Footprint((peak,), kept, (embedding,), 256, 4)
+        p = replace(small, batch_size=1024, world_size=1, footprint=found, keep_graphs=graphs)
+        return (p.tensors - p.held) / (64 * MIB)
+
+    assert taken(0, forward=9, backward=12) == 12
+    assert taken(5, forward=9, backward=12) == 50 + 9  # a forward pass without a graph
+    assert taken(5, forward=1, backward=12) == 40 + 12  # the pass backward of the first graph
+    assert taken(16, forward=9, backward=12) == 150 + 12  # no micro-batch is embedded without a graph
+    assert 50 < taken(5, forward=0, backward=10) < 51  # the loss
 
 
 def test_loss_comes_before_a_second_pass_and_on_top_of_an_only_one(small: Plan) -> None:
@@ -283,6 +318,7 @@ def test_model_of_other_operations_is_refused() -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"keep_graphs": -1}, "keep_graphs must be at least 0, got -1"),
         ({"world_size": 100}, "a batch of 64 is too small for 100 processes"),
         ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, lamb"),

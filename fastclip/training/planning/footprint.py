@@ -42,6 +42,7 @@ class Footprint:
 
     moments: tuple[Moment, ...] = field(repr=False)
     between: Moment  # after the forward pass, before the backward pass
+    embedding: tuple[Moment, ...] = field(repr=False)  # of a forward pass without a graph
     dim: int  # D of the features
     feature_size: int  # bytes of an element
 
@@ -54,6 +55,10 @@ class Footprint:
                 computed.
         """
         return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
+
+    def embedding_peak(self, pairs: int) -> int:
+        """Return the peak in bytes of a forward pass without a graph."""
+        return max(m.fixed + pairs * m.pair for m in self.embedding)
 
     def kept(self, pairs: int) -> int:
         """Return the bytes kept after the forward pass until the gradients of the features are known."""
@@ -86,13 +91,18 @@ def footprint(
     # process cannot run a backward pass. A first pass on the CPU alone keeps fake devices from starting a thread.
     torch.zeros(1, requires_grad=True).sum().backward()
     small, large = (_run(model, pairs, image_size, context_length, precision, device) for pairs in _PAIRS)
-    if len(small.history) != len(large.history):
-        raise ValueError(
-            f"the model runs other operations for {_PAIRS[1]} pairs than for {_PAIRS[0]}: its memory cannot be planned"
-        )
-    moments = [_moment(*both) for both in zip(small.history, large.history)]
+    embedded = [_run(model, pairs, image_size, context_length, precision, device, grad=False) for pairs in _PAIRS]
+    moments = []
+    for one, other in ((small, large), embedded):
+        if len(one.history) != len(other.history):
+            raise ValueError(
+                f"the model runs other operations for {_PAIRS[1]} pairs than for {_PAIRS[0]}: its memory cannot be "
+                "planned"
+            )
+        moments.append(_highest([_moment(*both) for both in zip(one.history, other.history)]))
     image = small.features[0]
-    return Footprint(_highest(moments), _moment(small.between, large.between), image.shape[1], image.element_size())
+    between = _moment(small.between, large.between)
+    return Footprint(moments[0], between, moments[1], image.shape[1], image.element_size())
 
 
 def _moment(small: tuple[int, int], large: tuple[int, int]) -> Moment:
@@ -189,7 +199,16 @@ class _Run(NamedTuple):
     features: tuple[Tensor, Tensor]
 
 
-def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, precision: str, device: str) -> _Run:
+def _run(
+    model: DualEncoder,
+    pairs: int,
+    image_size: int,
+    context_length: int,
+    precision: str,
+    device: str,
+    *,
+    grad: bool = True,
+) -> _Run:
     step = _Step(model, precision)
     with FakeTensorMode(allow_non_fake_inputs=True), _training(model):
         weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in step.named_parameters()}
@@ -201,7 +220,7 @@ def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, p
         ids = torch.empty(pairs, context_length, dtype=torch.int64)
         gradients = [x.grad for x in weights.values() if x.grad is not None]
         live = _Live([*weights.values(), *buffers.values(), images, ids], gradients)
-        with _GPU() if device == "cuda" else nullcontext(), live:
+        with _GPU() if device == "cuda" else nullcontext(), torch.set_grad_enabled(grad), live:
             torch.func.functional_call(step, {**weights, **buffers}, (images, ids, live))
     return _Run(live.history, step.between, step.features)
 

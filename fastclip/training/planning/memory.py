@@ -2,7 +2,7 @@
 
 A process holds the parameters, gradients and optimiser states, whole (DDP) or sharded (FSDP2), and the features of all
 its pairs. With gradient caching (`cached_step`), the memory of the loss and the activations of a micro-batch are needed
-one after the other. Without it, both are needed at once.
+one after the other, beside the graphs that are kept. Without it, both are needed at once.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Plan:
     ema: bool
     device: str
     workspace_limit: int  # FASTCLIP_WORKSPACE_MB, in bytes
+    keep_graphs: int = 0  # micro-batches whose graphs gradient caching keeps; more than `most_graphs` are not kept
 
     @property
     def pairs(self) -> int:
@@ -81,6 +82,29 @@ class Plan:
     def cached(self) -> bool:
         """True if a step uses gradient caching."""
         return self.micro_batch < self.pairs
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches of a process."""
+        return ceil_div(self.pairs, self.micro_batch)
+
+    @property
+    def most_graphs(self) -> int:
+        """Largest number of graphs that gradient caching can keep.
+
+        With several processes the last micro-batch is always embedded again, because its pass exchanges the gradients.
+        """
+        return self.micro_batches - (self.world_size > 1) if self.cached else 0
+
+    @property
+    def kept_graphs(self) -> int:
+        """Number of graphs that gradient caching keeps."""
+        return min(self.keep_graphs, self.most_graphs)
+
+    @property
+    def graphs(self) -> int:
+        """Bytes of the graphs that gradient caching keeps, each with its own casts of the weights under autocast."""
+        return self.kept_graphs * self.footprint.kept(self.micro_batch)
 
     @property
     def sharded(self) -> bool:
@@ -147,8 +171,9 @@ class Plan:
 
     @property
     def inputs(self) -> int:
-        """Bytes of images and token ids on the device. A GPU holds only those of a micro-batch."""
-        return self._inputs(self.pairs if self.device == "cpu" else min(self.micro_batch, self.pairs))
+        """Bytes of images and token ids on the device. A GPU holds those of a micro-batch and of the kept graphs."""
+        held = self.pairs if self.device == "cpu" else (self.kept_graphs + 1) * self.micro_batch
+        return self._inputs(min(held, self.pairs))
 
     @property
     def host(self) -> int:
@@ -204,11 +229,16 @@ class Plan:
         """Peak of all tensors of a step, in bytes.
 
         The peak is in the loss, in the forward and backward pass, or in the optimiser with all gradients. During the
-        loss, the activations of all pairs are in memory, too, unless gradient caching is used.
+        loss, the activations of all pairs are in memory, too, unless gradient caching is used. It keeps some graphs
+        while other micro-batches are embedded and in the loss; then each pass backward frees one.
         """
-        kept = 0 if self.cached else self.footprint.kept(self.pairs)
+        kept = self.graphs if self.cached else self.footprint.kept(self.pairs)
         share = 0.0 if self.gradients_stay else self.gradients / (self.sizes.trainable * _FP32)
         highest = self.footprint.peak(min(self.micro_batch, self.pairs), share)
+        if self.kept_graphs:
+            highest += self.graphs - self.footprint.kept(self.micro_batch)
+            if self.kept_graphs < self.micro_batches:
+                highest = max(highest, self.graphs + self.footprint.embedding_peak(self.micro_batch))
         return self.held + max(highest, kept + self.loss, 0 if self.gradients_stay else self.gradients)
 
     @property
@@ -236,6 +266,14 @@ class Plan:
             low, high = (middle, high) if self.fits(middle, memory) else (low, middle)
         return low
 
+    def largest_keep_graphs(self, memory: int) -> int:
+        """Return the largest number of graphs with which a step fits into `memory` bytes, or 0 if none fits."""
+        fit, beyond = 0, self.most_graphs + 1  # `beyond` is too many
+        while beyond - fit > 1:
+            middle = (fit + beyond) // 2
+            fit, beyond = (middle, beyond) if replace(self, keep_graphs=middle).total <= memory else (fit, middle)
+        return fit
+
     def even_micro_batch(self, memory: int) -> int:
         """Return a convenient micro-batch that fits into `memory` bytes, or 0 if none does.
 
@@ -254,6 +292,7 @@ def plan(
     batch_size: int,
     world_size: int = 1,
     micro_batch: int | None = None,
+    keep_graphs: int = 0,
     precision: str = "fp32",
     optimizer: str = "adamw",
     parallel: str = "ddp",
@@ -271,6 +310,7 @@ def plan(
         batch_size: pairs of all processes together.
         world_size: number of processes, each with a device.
         micro_batch: pairs of a process whose activations are in memory at a time (default: all of them).
+        keep_graphs: micro-batches whose graphs gradient caching keeps from the first pass on.
         precision: "fp32", or "bf16" for autocast.
         optimizer: "adamw" or "lamb", both with two fp32 states per parameter.
         parallel: "ddp", or "fsdp" for FSDP2 of the blocks of the towers.
@@ -288,6 +328,8 @@ def plan(
     for name, number in (("batch_size", batch_size), ("world_size", world_size), ("micro_batch", micro_batch)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if keep_graphs < 0:
+        raise ValueError(f"keep_graphs must be at least 0, got {keep_graphs}")
     if batch_size < world_size:
         raise ValueError(f"a batch of {batch_size} is too small for {world_size} processes: each needs a pair")
     if not any(p.requires_grad for p in model.parameters()):
@@ -303,6 +345,7 @@ def plan(
         context_length=length,
         batch_size=batch_size,
         micro_batch=pairs if micro_batch is None else min(micro_batch, pairs),
+        keep_graphs=keep_graphs,
         world_size=world_size,
         ema=ema,
         workspace_limit=env.workspace_bytes(device),

@@ -80,6 +80,12 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
         yield "workspace", p.workspace, "logits of the loss, kept between steps"
     yield "activations", p.activations, f"of a micro-batch of {pairs:,}, with all temporary tensors"
     if p.cached:
+        if p.kept_graphs:
+            yield (
+                "kept graphs",
+                p.graphs,
+                f"of {p.kept_graphs} of {p.micro_batches} micro-batches, also during the loss",
+            )
         yield "loss", p.loss, "not at the same time as the activations: the total includes the larger of the two"
     else:
         kept = readable(p.footprint.kept(p.pairs))
