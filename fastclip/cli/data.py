@@ -85,9 +85,9 @@ def _check_data(args: argparse.Namespace) -> int:
     transform = None
     if args.model is not None:
         from fastclip.models.config import load_config
-        from fastclip.models.transforms import image_transform
+        from fastclip.models.transforms import pixel_transform
 
-        transform = image_transform(load_config(args.model), train=True)
+        transform = pixel_transform(load_config(args.model), train=True)
     problems: list[str] = []
     source = open_source(args.spec, problems=problems)
     passed = getattr(source, "passed", None)

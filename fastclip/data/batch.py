@@ -14,7 +14,7 @@ __all__ = ["Batch"]
 class Batch(NamedTuple):
     """B images, each with one of its captions. Images and captions with equal labels are positives of each other."""
 
-    images: Tensor  # (B, 3, H, W) float32
+    images: Tensor  # (B, 3, H, W), uint8 pixels or normalised float32
     ids: Tensor  # (B, L) int64, token ids
     labels: Tensor  # (B,) int64, not negative
     keys: tuple[str, ...]  # (B,) names by which messages refer to the samples

@@ -180,7 +180,9 @@ def image_features(
     batches: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
     if done < size or not size:
         rest = Subset(source, range(done, size))
-        batches = evaluation_batches(rest, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
+        batches = evaluation_batches(
+            rest, embedder.pixel_transform, batch_size=batch_size, workers=workers, skipped=skipped
+        )
     pieces = (
         {"features": embedder.embed_images(images), "labels": labels, "used": places >= 0}
         for images, places, labels in batches

@@ -94,7 +94,7 @@ def _fill(
     """Embed the samples from number `start` on and add them to the store."""
     done, size = start, len(source)
     rest = Subset(source, range(done, size))
-    batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
+    batches = pair_batches(rest, embedder.pixel_transform, batch_size=batch_size, workers=workers)
     waiting, used, faults = list[Pairs](), list[bool](), Tally()
     with Progress(f"images of {source.spec}", size, done=done, shown=progress) as bar:
         for batch in batches:

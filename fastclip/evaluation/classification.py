@@ -186,13 +186,16 @@ def classifier_accuracies(
     classifier.eval()
     skipped, device, size = Tally(), embedder.device, classifier.largest_score()
     ranks, labels = [], []
-    batches = evaluation_batches(source, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
+    batches = evaluation_batches(
+        source, embedder.pixel_transform, batch_size=batch_size, workers=workers, skipped=skipped
+    )
     with Progress(f"images of {source.spec}", len(source), shown=progress) as bar:
         for images, _, classes in batches:
             bar.moved(len(classes))
             has_class = classes >= 0
+            images = embedder.normalized(images)
             with torch.autocast(device.type, torch.bfloat16, enabled=embedder.precision == "bf16"):
-                scores = classifier(images.to(device))
+                scores = classifier(images)
             ranks.append(score_ranks(scores.cpu()[has_class], classes[has_class], size=size))
             labels.append(classes[has_class])
     used = sum(map(len, labels))

@@ -19,6 +19,7 @@ from fastclip.data.sources.subset import evenly
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
+from fastclip.models.transforms import split_normalization
 from fastclip.system.rounding import ceil_div
 
 __all__ = ["Texts", "metrics_of", "texts_of", "validate"]
@@ -58,7 +59,8 @@ def validate(
         model: a `DualEncoder`, or a wrapper with ``encode_image`` (images (B, 3, H, W) -> features (B, D)),
             ``encode_text`` (token ids (B, L) -> features (B, D)) and ``logit_scale`` (inputs are moved to its device).
         source: dataset with at least one sample.
-        transform: deterministic image transform, a PIL image -> (3, H, W) float32.
+        transform: deterministic image transform, a PIL image -> (3, H, W) float32. The normalisation of a model's own
+            transform is done on the model's device.
         tokenize: tokenizer, B texts -> token ids (B, L).
         batch_size: images or captions per forward pass on each rank.
         workers: worker processes that read images (0: read in this process).
@@ -82,12 +84,12 @@ def validate(
     group = check_group(group)
     rank, ranks = _place(group)
     source = evenly(one_a_picture(source), max_samples)
-    skipped = Tally()
+    skipped, (pixels_of, normalize) = Tally(), split_normalization(transform)
     with _undisturbed(model):
         batches = evaluation_batches(
-            source, transform, batch_size=batch_size, rank=rank, ranks=ranks, workers=workers, skipped=skipped
+            source, pixels_of, batch_size=batch_size, rank=rank, ranks=ranks, workers=workers, skipped=skipped
         )
-        image_features, labels, kept = _image_features(model, batches, len(source), group)
+        image_features, labels, kept = _image_features(model, normalize, batches, len(source), group)
         if len(kept) < len(source):
             message = "%s: %d of %d samples cannot be used and are left out; causes seen by this process: %s"
             logger.warning(message, source.spec, len(source) - len(kept), len(source), skipped)
@@ -159,12 +161,17 @@ def _place(group: Any) -> tuple[int, int]:
 
 
 def _image_features(
-    model: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, group: Any
+    model: Any,
+    normalize: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    size: int,
+    group: Any,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Encode this rank's batches, and gather the results of all ranks in the order of the samples.
 
     Args:
         model: as in `validate`.
+        normalize: normalisation of a batch of images on the model's device.
         batches: this rank's batches of images, indices (-1 if unusable) and labels.
         size: number of samples of the source.
         group: process group or None.
@@ -175,7 +182,7 @@ def _image_features(
     device = model.logit_scale.device
     features, labels, indices = [], [], []
     for images, places, classes in batches:
-        features.append(unit_rows(model.encode_image(images.to(device))))
+        features.append(unit_rows(model.encode_image(normalize(images.to(device)))))
         labels.append(classes.to(device))
         indices.append(places.to(device))
     used = _in_order(torch.cat(indices), size, group) >= 0

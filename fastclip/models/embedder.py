@@ -18,7 +18,7 @@ from fastclip.models.config import mapping
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model, tokenizer_of
 from fastclip.models.tokenizers.clip import texts_of
-from fastclip.models.transforms import image_transform
+from fastclip.models.transforms import image_transform, split_normalization
 from fastclip.system.reading import read_json
 
 __all__ = ["Embedder", "load_embedder", "load_model"]
@@ -60,18 +60,28 @@ class Embedder:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
+    @property
+    def pixel_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Part of `transform` for data workers. For a model's transform, it ends in uint8 pixels (3, H, W)."""
+        return split_normalization(self.transform)[0]
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Move the results of `transform` or `pixel_transform` (B, 3, H, W) to the model's device, normalised there."""
+        return split_normalization(self.transform)[1](images.to(self.device, non_blocking=True))
+
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Embed transformed images.
 
         Args:
-            images: (B, 3, H, W) float32, on any device.
+            images: results of `transform`, or of `pixel_transform`, (B, 3, H, W) on any device.
 
         Returns:
             Unit vectors (B, D), float32 on the CPU.
         """
+        images = self.normalized(images)
         with self._autocast():
-            features = self.model.encode_image(images.to(self.device, non_blocking=True))
+            features = self.model.encode_image(images)
         return _unit(features)
 
     @torch.no_grad()

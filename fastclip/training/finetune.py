@@ -30,6 +30,7 @@ from fastclip.data.spec import absolute_spec
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
+from fastclip.models.transforms import PixelNormalization
 from fastclip.system import env
 from fastclip.system.claim import claim
 from fastclip.system.owner import owning
@@ -101,6 +102,8 @@ class _Run:
         self._claim(templates)
         weight = zero_shot_head(embedder, source.class_names, templates).to(embedder.device)
         visual: Any = embedder.model.visual
+        assert embedder.model.config is not None
+        self.normalize_pixels = PixelNormalization.of(embedder.model.config)
         self.classifier = ImageClassifier(visual, weight, source.class_names, freeze_image=options.freeze_image)
         self.zero_shot = self._state()
         visual.set_grad_checkpointing(options.grad_checkpointing)
@@ -182,8 +185,9 @@ class _Run:
                 unknown = [key for key, label in zip(batch.keys, batch.labels.tolist()) if label >= classes]
                 raise ValueError(f"{self.source.spec}: images without a class: {', '.join(unknown[:_SHOWN])}")
             labels = batch.labels.to(device)
+            images = self.normalize_pixels(batch.images.to(device, non_blocking=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=self.embedder.precision == "bf16"):
-                logits = self.classifier(batch.images.to(device, non_blocking=True))
+                logits = self.classifier(images)
             each = F.cross_entropy(logits, labels, reduction="none")
             (each.sum() / self.options.batch_size).backward()
             losses.append(each.detach())

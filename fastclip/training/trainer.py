@@ -25,7 +25,7 @@ from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
 from fastclip.models.dual_encoder import build_model as empty_model
 from fastclip.models.factory import tokenizer_of
-from fastclip.models.transforms import image_transform
+from fastclip.models.transforms import PixelNormalization, image_transform
 from fastclip.system.durable import new_folder
 from fastclip.system.owner import output_path
 from fastclip.system.rounding import ceil_div
@@ -140,6 +140,7 @@ class _Trainer:
             cached=options.is_cached(self.world.ranks),
             length_multiple=_LENGTH_MULTIPLE if on_gpu else 1,
             text_group=None if options.parallel == "fsdp" else _TEXT_GROUP["cuda" if on_gpu else "cpu"],
+            normalize_pixels=PixelNormalization.of(self.config),
         )
 
     def _make_loop(self) -> Loop:

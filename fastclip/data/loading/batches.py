@@ -23,7 +23,7 @@ from fastclip.system.plural import counted
 
 __all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"]
 
-Transform = Callable[[Image.Image], Tensor]  # -> (3, H, W) float32
+Transform = Callable[[Image.Image], Tensor]  # -> (3, H, W), uint8 pixels or float32
 Tokenize = Callable[[list[str]], Tensor]  # B texts -> (B, L) int64
 
 _TRIES = 100  # samples to try for one row of a batch before giving up
@@ -61,8 +61,8 @@ def training_batches(
     first captions, and repetitions of a sample, are therefore positives of each other.
 
     Args:
-        transform: PIL image of any mode -> (3, H, W) float32. It may draw random numbers from the global generators of
-            torch (CPU), numpy and random.
+        transform: PIL image of any mode -> (3, H, W), uint8 pixels or float32. `Batch.images` has the same dtype. It
+            may draw random numbers from the global generators of torch (CPU), numpy and random.
         tokenize: list of B texts -> (B, L) int64, called once per micro-batch.
         batch_size: samples per step over all ranks, at least `ranks`. Rank r has the rows from
             (r * batch_size) // ranks up to, but not including, ((r + 1) * batch_size) // ranks.
@@ -119,6 +119,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield every sample once over all ranks: images (B, 3, H, W), their indices (B,) int64 and labels (B,) int64.
 
+    The images have the dtype that `transform` returns, uint8 or float32.
+
     Rank r reads the indices r, r + ranks, ... in this order. Every rank yields the same number of batches of the same
     sizes, because collectives need all ranks: a rank with fewer samples adds sample 0 with index -1. Labels are -1
     without classes. Raises the errors of `training_batches`, and BadSample for a sample that cannot be used.
@@ -146,7 +148,7 @@ def evaluation_batches(
 class PairBatch(NamedTuple):
     """Consecutive samples: the images and captions of the B usable ones, and the faults of the rest."""
 
-    images: Tensor | None  # (B, 3, H, W) float32; None if B is 0
+    images: Tensor | None  # (B, 3, H, W), in the dtype of the transform; None if B is 0
     captions: list[tuple[str, ...]]  # B tuples, each with the captions of a usable sample
     used: list[bool]  # for every sample, True if it is usable
     faults: list[Fault]  # of the samples that are not usable

@@ -20,7 +20,7 @@ from fastclip.data.loading.batches import Tokenize, training_batches
 from fastclip.data.loading.order import Order
 from fastclip.data.source import Source
 from fastclip.models.config import ModelConfig
-from fastclip.models.transforms import image_transform, training_side
+from fastclip.models.transforms import pixel_transform, training_side
 from fastclip.system.durable import mend_folders, set_aside
 from fastclip.system.progress import Progress
 from fastclip.training.options import FinetuneOptions, TrainOptions
@@ -162,7 +162,7 @@ class Loop:
         options, world = self.options, self.world
         return training_batches(
             self.source,
-            image_transform(self.config, train=True),
+            pixel_transform(self.config, train=True),
             self.tokenize,
             batch_size=options.batch_size,
             micro_batch=options.micro_batch,

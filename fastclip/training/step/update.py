@@ -57,7 +57,7 @@ class Stepper:
             the features of all ranks must agree on whether they require gradients.
         length_multiple, text_group: arguments of `micro_batches`. FSDP needs a text_group of None, because all ranks
             must call the text tower equally often.
-        normalize_pixels: function that is applied to the images on the device, as integer images need (default: none).
+        normalize_pixels: function applied to a micro-batch's images on the device (default: they are used as they are).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Stepper:
         keep_graphs: int = 0,
         length_multiple: int = 1,
         text_group: int | None = None,
-        normalize_pixels: Callable[[Tensor], Tensor] | None = None,
+        normalize_pixels: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
@@ -117,8 +117,7 @@ class Stepper:
 
         def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
             images, ids = piece.arguments()
-            if self.normalize_pixels is not None:
-                images = self.normalize_pixels(images)
+            images = self.normalize_pixels(images)
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 return self.wrapped(images, ids, normalize=False)
 
