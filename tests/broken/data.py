@@ -80,6 +80,50 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
+        "Images leave the data workers as uint8; normalising them on the device changes no bit of an image or a loss",
+        tests=[
+            "data/test_pixels.py::test_normalisation_has_the_bits_of_torchvision",
+            "data/test_pixels.py::test_pixels_have_the_crops_of_the_image_transform",
+            "data/test_pixels.py::test_batches_have_a_quarter_of_the_bytes",
+            "data/test_pixels.py::test_step_with_pixels_has_the_bits_of_the_float_path",
+            "data/test_pixels.py::test_training_reads_pixels",
+            "data/test_pixels.py::test_evaluation_reads_pixels",
+        ],
+        breaks=[
+            Break(
+                "pixels: the reciprocal of 255",
+                "fastclip/models/transforms.py",
+                old=".div_(full)",
+                new=".mul_(1 / full)",
+            ),
+            Break(
+                "pixels: batches are in channels-last order",
+                "fastclip/models/transforms.py",
+                old=".permute(2, 0, 1).contiguous()",
+                new=".permute(2, 0, 1)",
+            ),
+            Break(
+                "pixels: a step forgets to normalise",
+                "fastclip/training/step/update.py",
+                old="self.normalize_pixels(images.to(device, non_blocking=True))",
+                new="images.to(device).float()",
+            ),
+            Break(
+                "pixels: fine-tuning forgets to normalise",
+                "fastclip/training/finetune.py",
+                old="self.normalize_pixels(batch.images.to(device, non_blocking=True))",
+                new="batch.images.to(device).float()",
+            ),
+            Break(
+                "pixels: embedding reads normalised images",
+                "fastclip/embedding/features.py",
+                old="rest, embedder.pixel_transform,",
+                new="rest, embedder.transform,",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
         "Reading batches does not change the state of the caller's random generators",
         tests=[
             "data/test_loader.py::test_callers_random_numbers_are_left_alone",

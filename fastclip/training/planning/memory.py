@@ -167,13 +167,16 @@ class Plan:
         return self._share(self.sizes.trainable) if self.ema else 0
 
     def _inputs(self, pairs: int) -> int:
-        return pairs * (3 * self.image_size**2 * _FP32 + self.context_length * 8)
+        return pairs * (3 * self.image_size**2 + self.context_length * 8)  # uint8 pixels, int64 ids
 
     @property
     def inputs(self) -> int:
-        """Bytes of images and token ids on the device. A GPU holds those of a micro-batch and of the kept graphs."""
-        held = self.pairs if self.device == "cpu" else (self.kept_graphs + 1) * self.micro_batch
-        return self._inputs(min(held, self.pairs))
+        """Bytes of images and token ids of a step on the device, with the normalised images of its micro-batches.
+
+        The images of one micro-batch are normalised at a time. Kept graphs hold those of theirs.
+        """
+        normalized = min((self.kept_graphs + 1) * self.micro_batch, self.pairs) * 3 * self.image_size**2 * _FP32
+        return self._inputs(self.pairs) + normalized
 
     @property
     def host(self) -> int:

@@ -73,7 +73,8 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
     yield "optimiser", p.optimizer_states, f"{_SPELT[p.optimizer]}: {STATES[p.optimizer]} fp32 states per parameter"
     if p.ema:
         yield "moving average", p.average, "of the weights"
-    yield "inputs", p.inputs, f"images of {p.image_size} x {p.image_size}, fp32, and {p.context_length} ids per text"
+    images = f"images of {p.image_size} x {p.image_size}, uint8 and fp32"
+    yield "inputs", p.inputs, f"{images}, and {p.context_length} ids per text"
     kept = "and their gradients" if p.cached else "gradients only"
     yield "features", p.features, f"of {p.pairs:,} pairs, {kept}"
     if p.workspace:
