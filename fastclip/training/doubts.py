@@ -23,7 +23,7 @@ __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_
 
 _MAY_CHANGE = (
     *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
-    *("max_bad", "timeout", "wandb", "force"),
+    *("max_bad", "timeout", "wandb", "force", "keep_graphs"),
 )
 
 

@@ -75,6 +75,9 @@ class TrainOptions:
     """Pairs per process whose activations are in memory at once. A value below the process's share of the batch enables
     gradient caching, which computes the same gradients in less memory, at the cost of a second forward pass (default:
     the whole share)."""
+    keep_graphs: int = 0
+    """Number of micro-batches per process whose activations gradient caching keeps in memory. They need no second
+    forward pass, and the gradients are the same bit for bit."""
     epochs: int = 32
     """Passes over the data."""
     max_bad: float = 0.01
@@ -237,7 +240,7 @@ _AT_LEAST_ONE = (
 )
 _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_AT_LEAST_ONE, lambda value: value >= 1),
-    "finite and not negative": (("seed", "workers", "warmup", "weight_decay"), lambda value: 0 <= value < math.inf),
+    "finite and not negative": (("seed", "workers", "warmup", "weight_decay", "keep_graphs"), lambda value: 0 <= value < math.inf),
     "below 2**63": (("seed",), lambda value: value < 2**63),
     "finite and above 0": (("epochs", "lr", "eps", "timeout"), lambda value: 0 < value < math.inf),
     "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity is allowed: it clips nothing

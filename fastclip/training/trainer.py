@@ -138,6 +138,7 @@ class _Trainer:
             autocast=torch.bfloat16 if options.precision == "bf16" else None,
             keep_on="cpu" if options.features_on == "cpu" else None,
             cached=options.is_cached(self.world.ranks),
+            keep_graphs=options.keep_graphs,
             length_multiple=_LENGTH_MULTIPLE if on_gpu else 1,
             text_group=None if options.parallel == "fsdp" else _TEXT_GROUP["cuda" if on_gpu else "cpu"],
             normalize_pixels=PixelNormalization.of(self.config),

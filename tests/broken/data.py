@@ -105,8 +105,8 @@ PROMISES = [
             Break(
                 "pixels: a step forgets to normalise",
                 "fastclip/training/step/update.py",
-                old="self.normalize_pixels(images.to(device, non_blocking=True))",
-                new="images.to(device).float()",
+                old="images = self.normalize_pixels(images)",
+                new="images = images.float()",
             ),
             Break(
                 "pixels: fine-tuning forgets to normalise",

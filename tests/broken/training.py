@@ -176,7 +176,7 @@ PROMISES = [
             Break(
                 "trainer: the gradient is not looked at",
                 "fastclip/training/step/update.py",
-                old="if not norm.isfinite():",
+                old="if not math.isfinite(grad_norm):",
                 new="if step < 0:",
             ),
             Break(

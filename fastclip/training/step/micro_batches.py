@@ -54,7 +54,7 @@ class TextOrder:
         if self._order is None or self._inverse is None:
             return features
         order, inverse = (x.to(features.device, non_blocking=True) for x in (self._order, self._inverse))
-        return _Reordered.apply(features, inverse, order)  # type: ignore[no-untyped-call, no-any-return]
+        return _Reordered.apply(features, inverse, order)
 
 
 class _Reordered(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What the second pass of gradient caching must find as the first pass found it: arguments, random numbers, buffers."""
+"""Arguments, random numbers and buffers, which the second pass of gradient caching must find as the first did."""
 
 from __future__ import annotations
 

@@ -107,13 +107,51 @@ class Stepper:
             FloatingPointError: the loss or a gradient is not finite. The message names the step and the samples, and
                 the weights are unchanged.
         """
+        value, labels, features, tokens = self._gradients(batches)
+        # Accuracy of the features before the update: embedding the batch again would cost another forward pass
+        shares = self._accuracy(labels, *features) if accuracy else []
+        device = self.world.device
+        # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
+        # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
+        wished = status()
+        wishes = [torch.full_like(value, wished == code, dtype=torch.float64) for code in _STATUSES]
+        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, *shares)])
+        shared = mean_over_ranks(shared, self.world)
+        if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
+            reduce_unsharded(self.model, self.world)
+        norm = gradient_norm(self.model.parameters()).to(device)
+        # The host waits for the device once in a step, after it has given it all the work. The update is therefore
+        # skipped on the device if a number is not finite. An optimiser that cannot do so waits for the host instead.
+        if self._skips_on_device:
+            self._update(norm, skip=~(shared[0].isfinite() & norm.isfinite()))
+        numbers = torch.cat([shared, torch.stack([norm, self.model.logit_scale.detach().exp()]).double()]).tolist()
+        whole, grad_norm = float(torch.tensor(numbers[0], dtype=value.dtype)), numbers[-2]
+        agreed = next((code for code, share in zip(_STATUSES, numbers[1:]) if share), 0)
+        if not math.isfinite(whole):
+            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+        if not math.isfinite(grad_norm):
+            message = f"the gradient of step {step} is {grad_norm}"
+            raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
+        if not self._skips_on_device:
+            self._update(norm)
+            numbers[-1] = float(self.model.logit_scale.detach().exp())
+        if self.ema is not None:
+            self.ema.update()
+        image_top1, text_top1 = numbers[1 + len(_STATUSES) : -2] or (None, None)
+        return StepReport(whole, grad_norm, image_top1, text_top1, numbers[-1], agreed, tokens)
+
+    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, list[Tensor], int]:
+        """Compute the gradients of the loss, and return the loss, its labels, its other inputs and the texts' tokens.
+
+        The other inputs are image features, text features and the scale.
+        """
         device = self.world.device
         pieces, text_order = micro_batches(
             batches, self.model, device, length_multiple=self.length_multiple, group=self.text_group
         )
         labels = torch.cat([batch.labels for batch in batches])
         labels = to_device(labels, device if self.keep_on is None else torch.device(self.keep_on))
-        features: list[Tensor] = []  # inputs of the loss: image features, text features and the scale
+        features: list[Tensor] = []
 
         def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
             images, ids = piece.arguments()
@@ -139,36 +177,7 @@ class Stepper:
                 keep_on=self.keep_on,
                 keep_graphs=self.keep_graphs,
             )
-        # Accuracy of the features before the update: embedding the batch again would cost another forward pass
-        shares = self._accuracy(labels, *features) if accuracy else []
-        # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
-        # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
-        wished = status()
-        wishes = [torch.full_like(value, wished == code, dtype=torch.float64) for code in _STATUSES]
-        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, *shares)])
-        shared = mean_over_ranks(shared, self.world)
-        if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
-            reduce_unsharded(self.model, self.world)
-        norm = gradient_norm(self.model.parameters()).to(device)
-        # The host waits for the device once in a step, after it has given it all the work. The update is therefore
-        # skipped on the device if a number is not finite. An optimiser that cannot do so waits for the host instead.
-        if self._skips_on_device:
-            self._update(norm, skip=~(shared[0].isfinite() & norm.isfinite()))
-        numbers = torch.cat([shared, torch.stack([norm, self.model.logit_scale.detach().exp()])]).tolist()
-        whole, grad_norm = (float(torch.tensor(x, dtype=value.dtype)) for x in (numbers[0], numbers[-2]))
-        agreed = next((code for code, share in zip(_STATUSES, numbers[1:]) if share), 0)
-        if not math.isfinite(whole):
-            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
-        if not math.isfinite(grad_norm):
-            message = f"the gradient of step {step} is {grad_norm}"
-            raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
-        if not self._skips_on_device:
-            self._update(norm)
-            numbers[-1] = float(self.model.logit_scale.detach().exp())
-        if self.ema is not None:
-            self.ema.update()
-        image_top1, text_top1 = numbers[1 + len(_STATUSES) : -2] or (None, None)
-        return StepReport(whole, grad_norm, image_top1, text_top1, numbers[-1], agreed, text_order.tokens)
+        return value, labels, features, text_order.tokens
 
     def _update(self, norm: Tensor, skip: Tensor | None = None) -> None:
         """Clip the gradients, of the given `norm`, and update the weights, unless `skip` (), bool, is true."""
