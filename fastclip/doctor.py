@@ -148,6 +148,8 @@ def _environment() -> Iterator[Finding]:
             state, advice = "warning", f"fastclip does not read it{'; did you mean ' + close[0] + '?' if close else ''}"
         elif name == "TRITON_INTERPRET" and value != "0":
             state, advice = "warning", "unset it: it makes Triton's kernels run as Python on the CPU, for debugging"
+        elif f"{name}={value}" in env.SLEEPING:
+            value += ", which fastclip's commands set unless you choose how OpenMP's threads wait"
         elif name == "FASTCLIP_WORKSPACE_MB":
             try:
                 env.workspace_bytes()
@@ -183,8 +185,8 @@ def _processor() -> Finding:
         note = "unset OMP_NUM_THREADS, which keeps torch from using the other cores"
     elif contended(threads):
         note = (
-            "the cores are busy: unless you set OMP_WAIT_POLICY, fastclip's commands set it to PASSIVE, so that "
-            "waiting threads sleep"
+            "the cores are busy: fastclip's commands let waiting threads sleep at once (OMP_WAIT_POLICY=PASSIVE), "
+            "unless you set OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME"
         )
     return Finding("machine", "processor", value, "", note)
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setFormatter(LogLines("fastclip: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
-        args.threads_sleep = argv is None and args.command != "bench" and let_threads_sleep()
+        args.threads_sleep = let_threads_sleep() if argv is None and args.command != "bench" else ""
         with sigterm_raises():
             status = args.run(args) or 0
             sys.stdout.flush()

@@ -45,7 +45,9 @@ def _train(args: argparse.Namespace) -> None:
     logger = logging.getLogger("fastclip")
     logger.setLevel(logging.INFO if first else logging.ERROR)
     if args.threads_sleep:
-        logger.info("the cores are busy, so OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE)")
+        logger.info(
+            "OpenMP's threads sleep while they wait, because programs may share the cores (%s)", args.threads_sleep
+        )
     run = train(options)
     if first:
         steps = f"{counted(run.steps, 'step')} in all, {len(run.losses):,} of them in this run in {run.seconds:.1f} s"

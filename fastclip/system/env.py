@@ -7,8 +7,9 @@ FASTCLIP_CACHE         folder for copies of remote shards, for indices that cann
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` (default: the best that the processor supports)
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (default: 64 on a CPU, 1024 on a GPU)
 
-OMP_WAIT_POLICY is set to PASSIVE for a command whose threads outnumber the free cores, unless KMP_BLOCKTIME or
-GOMP_SPINCOUNT is set. TOKENIZERS_PARALLELISM is turned off in the processes that read data.
+A command whose threads outnumber the free cores sets OMP_WAIT_POLICY to PASSIVE, any other sets GOMP_SPINCOUNT to
+3000, unless one of the two or KMP_BLOCKTIME is set. TOKENIZERS_PARALLELISM is turned off in the processes that read
+data.
 RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, set by torchrun, describe a command that runs as several processes.
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE locate their rendezvous.
 TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_RESTART_COUNT identify a job that was restarted, perhaps on another host.
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from fastclip.system.cores import contended
 
 __all__ = [
+    "SLEEPING",
     "WORKSPACE_MB",
     "Launched",
     "agent_store",
@@ -47,6 +49,9 @@ __all__ = [
 WORKSPACE_MB = {"cpu": 64, "cuda": 1024}  # per loss and device type, unless FASTCLIP_WORKSPACE_MB is set
 OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE", "FASTCLIP_CPU_ISA", "FASTCLIP_WORKSPACE_MB")
 OF_BUILDS = ("FASTCLIP_BUILD_CPU", "FASTCLIP_BUILD_CUDA", "FASTCLIP_CUDA_ARCHS")
+# What the commands set if the cores are busy, and if not: the spin bridges the gap between two operations, but is short
+# beside a wait for a thread that another program keeps from running
+SLEEPING = ("OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=3000")
 _SPINNING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
 _OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", *_SPINNING)
 
@@ -147,19 +152,23 @@ def deterministic_cublas() -> Iterator[None]:
         yield
 
 
-def let_threads_sleep() -> bool:
-    """Make OpenMP's threads sleep while they wait, if they outnumber the free cores. Return True if this was set.
+def let_threads_sleep() -> str:
+    """Make OpenMP's threads sleep while they wait, and return NAME=VALUE of the variable that was set, or "".
 
-    A spinning thread may keep the thread it waits for from running. This has an effect only before torch is imported,
-    because torch loads OpenMP. A user's setting is kept.
+    A spinning thread may keep the thread it waits for from running. Threads that outnumber the free cores sleep at
+    once. All others spin briefly first, because other programs may start later. This has an effect only before torch is
+    imported, because torch loads OpenMP. A user's setting is kept.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in _SPINNING):
-        return False
+        return ""
     text, process = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip(), launched()
-    if not contended(int(text) if text.isdecimal() else None, process.local_ranks if process else 1):
-        return False
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    return True
+    threads = int(text) if text.isdecimal() else None
+    if threads == 1:  # which waits for no other
+        return ""
+    busy = contended(threads, process.local_ranks if process else 1)
+    chosen = SLEEPING[0] if busy else SLEEPING[1]
+    name, _, os.environ[name] = chosen.partition("=")
+    return chosen
 
 
 def terminal_protocol() -> str:

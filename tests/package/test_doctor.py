@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastclip import doctor
+from fastclip import cli, doctor
 from fastclip.cli import main
 from fastclip.doctor import Finding
 from fastclip.parity import compare
@@ -207,19 +208,47 @@ def test_threads_sleep_where_they_outnumber_the_free_cores(
 
 def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "contended", lambda threads, processes: (threads, processes) == (3, 2))
+    for name in env._SPINNING:
+        monkeypatch.setenv(name, "")
+    for name, value in (("OMP_NUM_THREADS", "3,1"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     assert not env.let_threads_sleep()  # torch has read it already
     monkeypatch.delitem(sys.modules, "torch")
     for name in env._SPINNING:
+        monkeypatch.setenv(name, "7")
+        assert env.let_threads_sleep() == "" and env.in_effect()[name] == "7"
         monkeypatch.setenv(name, "")
-    assert not env.let_threads_sleep()
-    for name, value in (("OMP_NUM_THREADS", "3,1"), ("RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert not env.let_threads_sleep()
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    assert env.let_threads_sleep() and env.in_effect()["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert not env.let_threads_sleep() and env.in_effect()["OMP_WAIT_POLICY"] == "active"
+    assert env.let_threads_sleep() == "OMP_WAIT_POLICY=PASSIVE" and env.in_effect()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert env.let_threads_sleep() == "" and "GOMP_SPINCOUNT" not in env.in_effect()
+
+
+@pytest.mark.parametrize(("threads", "spins"), [("", True), ("2", True), ("1", False)])
+def test_threads_spin_briefly_where_cores_are_free(threads: str, spins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that starts later cannot be foreseen, so threads on free cores do not spin for long either."""
+    monkeypatch.setattr(env, "contended", lambda threads, processes: False)
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in env._SPINNING:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert env.let_threads_sleep() == ("GOMP_SPINCOUNT=3000" if spins else "")
+    assert env.in_effect().get("GOMP_SPINCOUNT") == ("3000" if spins else None)
+    assert "OMP_WAIT_POLICY" not in env.in_effect()
+    assert any("fastclip's commands set" in finding.value for finding in doctor._environment()) is spins
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "eval", "embed", "search", "bench"])
+def test_commands_let_threads_sleep(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands but bench, which times what a program of the user would see."""
+    seen: list[str] = []
+    monkeypatch.setattr(cli, "let_threads_sleep", lambda: "NAME=VALUE")
+    monkeypatch.setattr(cli, "prepare_streams", lambda: None)
+    monkeypatch.setattr(cli.gc, "freeze", lambda: None)
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(command=command, run=lambda args: seen.append(args.threads_sleep))
+    monkeypatch.setattr(cli, "_parser", lambda: parser)
+    monkeypatch.setattr(sys, "argv", ["fastclip"])
+    assert cli.main() == 0
+    assert seen == ["" if command == "bench" else "NAME=VALUE"]
 
 
 def test_lacking_extras_are_named_with_the_line_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:

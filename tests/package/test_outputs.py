@@ -56,7 +56,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert cli.main(words) == 1
     out, said = capsys.readouterr()
-    lines = [line for line in said.splitlines() if "cores are busy" not in line]
+    lines = [line for line in said.splitlines() if "threads sleep" not in line]
     assert not out and len(lines) == 1, out + said
     return lines[0]
 
