@@ -240,7 +240,10 @@ _AT_LEAST_ONE = (
 )
 _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_AT_LEAST_ONE, lambda value: value >= 1),
-    "finite and not negative": (("seed", "workers", "warmup", "weight_decay", "keep_graphs"), lambda value: 0 <= value < math.inf),
+    "finite and not negative": (
+        ("seed", "workers", "warmup", "weight_decay", "keep_graphs"),
+        lambda value: 0 <= value < math.inf,
+    ),
     "below 2**63": (("seed",), lambda value: value < 2**63),
     "finite and above 0": (("epochs", "lr", "eps", "timeout"), lambda value: 0 < value < math.inf),
     "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity is allowed: it clips nothing

@@ -81,6 +81,57 @@ PROMISES = [
     ),
     Promise(
         COST,
+        "Kept graphs save the second forward pass of gradient caching and change no bit of the gradients",
+        tests=[
+            "training/test_kept_graphs.py::test_kept_graphs_change_no_bit",
+            "training/test_kept_graphs.py::test_kept_graphs_over_processes",
+        ],
+        breaks=[
+            Break(
+                "cached: kept micro-batches are embedded again",
+                "fastclip/training/step/cached.py",
+                old="if self._graphs:",
+                new="if False:",
+            ),
+            Break(
+                "cached: DDP's last micro-batch is not embedded again",
+                "fastclip/training/step/cached.py",
+                old="len(self._batches) - exchanges)",
+                new="len(self._batches))",
+            ),
+        ],
+    ),
+    Promise(
+        COST,
+        "Training embeds texts of like length together, without padding beyond the longest, with the same features",
+        tests=[
+            "training/test_micro_batches.py::test_features_are_those_of_whole_texts_in_the_order_of_the_batch",
+            "training/test_micro_batches.py::test_text_tower_sees_little_padding",
+            "training/test_micro_batches.py::test_a_step_waits_once_for_the_device",
+        ],
+        breaks=[
+            Break(
+                "texts: whole texts are embedded",
+                "fastclip/training/step/micro_batches.py",
+                old="tuple(x[:, :width] for x",
+                new="tuple(x for x",
+            ),
+            Break(
+                "texts: features stay in the order of embedding",
+                "fastclip/training/step/micro_batches.py",
+                old="_Reordered.apply(features, inverse, order)",
+                new="_Reordered.apply(features, order, inverse)",
+            ),
+            Break(
+                "step: the host waits before the update",
+                "fastclip/training/step/update.py",
+                old="and not sharded",
+                new="and sharded",
+            ),
+        ],
+    ),
+    Promise(
+        COST,
         "Gradient caching under DDP exchanges gradients once per step",
         tests=[
             "training/test_cached_step.py::test_ddp_exchanges_once",

@@ -75,7 +75,9 @@ def test_text_tower_sees_little_padding() -> None:
     assert widths[0] > widths[-1]
 
 
-@pytest.mark.parametrize(("multiple", "widths"), [(1, [15, 9, 2]), (8, [16, 16, 8]), (16, [16, 16, 16]), (64, [20] * 3)])
+@pytest.mark.parametrize(
+    ("multiple", "widths"), [(1, [15, 9, 2]), (8, [16, 16, 8]), (16, [16, 16, 16]), (64, [20] * 3)]
+)
 def test_widths_are_multiples(multiple: int, widths: list[int]) -> None:
     lengths = torch.tensor([2, 15, 9, 1, 14, 3])
     order, calls = by_length(lengths, [2, 2, 2], multiple=multiple, context_length=20, group=None)
