@@ -33,8 +33,8 @@ def cached_step(
     features together is differentiated once, with respect to the features. Third, each micro-batch is embedded again,
     with the same random numbers, and back-propagated from the gradients of its features. The result equals the
     gradients of a single pass over the whole batch, including that of the temperature, at the cost of a second forward
-    pass, which `keep_graphs` saves for as many micro-batches as memory holds. Gradients are added to ``.grad``, as ``loss.backward()`` does. Zeroing gradients, clipping them and stepping
-    the optimiser are left to the caller.
+    pass, which `keep_graphs` saves for as many micro-batches as memory holds. Gradients are added to ``.grad``, as
+    ``loss.backward()`` does. Zeroing gradients, clipping them and stepping the optimiser are left to the caller.
 
         loss = cached_step(model, zip(images.split(64), ids.split(64)), lambda i, t, s: contrastive_loss(i, t, s))
 
@@ -55,8 +55,8 @@ def cached_step(
             forward pass changes its buffers. Third, it draws random numbers on a GPU that holds none of the arguments.
         keep_on: device on which features are stored and the loss is computed (default: the features' device).
         grad_scaler: ``torch.amp.GradScaler`` by whose scale the gradients are multiplied.
-        keep_graphs: number of micro-batches, counted from the first, whose activations are kept in memory from the first
-            pass on, so that they are embedded only once. The gradients are the same bit for bit. If a module exchanges
+        keep_graphs: number of micro-batches, counted from the first, whose activations stay in memory after the first
+            pass, so that they are embedded only once. The gradients are the same bit for bit. If a module exchanges
             gradients (DistributedDataParallel, FSDP), the last micro-batch is always embedded again.
 
     Returns:
@@ -64,8 +64,8 @@ def cached_step(
 
     Raises:
         TypeError: a micro-batch is a tensor, a mapping or a string instead of a sequence of arguments.
-        ValueError: there are no micro-batches, `keep_graphs` is negative, `forward` or `loss` returns something other than what is described
-            above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
+        ValueError: there are no micro-batches, `keep_graphs` is negative, `forward` or `loss` returns something other
+            than what is described above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
 
     Dropout and drop path draw the same masks in both passes: torch's generators of the CPU and of all GPUs on which
     arguments or modules are located are replayed. Then they are set to the state that they had after the loss. The

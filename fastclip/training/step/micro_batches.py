@@ -1,7 +1,7 @@
 """The micro-batches of a step on the training device, with texts of like length together and without their padding.
 
-The image tower and the text tower of a model meet only in the loss. A step may therefore embed the texts of its batch in
-another order than the images, as long as the loss finds the features of a pair in the same row. Texts are sorted by
+The image tower and the text tower of a model meet only in the loss. A step may therefore embed the texts of its batch
+in another order than the images, as long as the loss finds the features of a pair in the same row. Texts are sorted by
 length, so that a call of the text tower takes texts of about the same length, cut to the longest of them. The features
 are the same to rounding, because padding influences no feature.
 """
