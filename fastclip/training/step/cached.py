@@ -65,7 +65,8 @@ def cached_step(
     Raises:
         TypeError: a micro-batch is a tensor, a mapping or a string instead of a sequence of arguments.
         ValueError: there are no micro-batches, `keep_graphs` is negative, `forward` or `loss` returns something other
-            than what is described above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
+            than what is described above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a
+            micro-batch has changed.
 
     Dropout and drop path draw the same masks in both passes: torch's generators of the CPU and of all GPUs on which
     arguments or modules are located are replayed. Then they are set to the state that they had after the loss. The

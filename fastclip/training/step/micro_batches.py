@@ -9,6 +9,7 @@ are the same to rounding, because padding influences no feature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -160,8 +161,14 @@ def _images_on(device: torch.device, images: Sequence[Tensor]) -> Iterator[tuple
     if device.type != "cuda":
         yield from ((x.to(device), None) for x in images)
         return
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
     for x in images:
         with torch.cuda.stream(stream):
             on_device = x.to(device, non_blocking=True)
             yield on_device, stream.record_event()
+
+
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    """Return the stream on which images are copied. Each stream has memory of its own, so all steps share one."""
+    return torch.cuda.Stream(device)
