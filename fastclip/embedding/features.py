@@ -184,7 +184,7 @@ def image_features(
             rest, embedder.pixel_transform, batch_size=batch_size, workers=workers, skipped=skipped
         )
     pieces = (
-        {"features": embedder.embed_images(images), "labels": labels, "used": places >= 0}
+        {"features": embedder.embed_images(embedder.normalized(images)), "labels": labels, "used": places >= 0}
         for images, places, labels in batches
     )
     with Progress(f"images of {source.spec}", size, done=done, shown=progress) as bar:

@@ -161,7 +161,8 @@ def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_s
         return Pairs(nothing, [], nothing)
     captions = [texts[:1] for texts in batch.captions] if first_caption else batch.captions
     texts = [text for several in captions for text in several]
-    return Pairs(embedder.embed_images(batch.images), captions, embedder.embed_texts(texts, batch_size=batch_size))
+    vectors = embedder.embed_images(embedder.normalized(batch.images))
+    return Pairs(vectors, captions, embedder.embed_texts(texts, batch_size=batch_size))
 
 
 def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, PairBatch]:

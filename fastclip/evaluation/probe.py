@@ -56,7 +56,7 @@ class TowerEmbedder(Embedder):
     def embed_images(self, images: Tensor) -> Tensor:
         """Return the features of images, (B, 3, H, W) float32 -> (B, width) float32 on the CPU."""
         tower: Any = self.model.visual
-        images = images.to(self.device, non_blocking=True)
+        images = self.normalized(images)
         with self._autocast():
             if isinstance(tower, ByobNet):
                 return tower(images).float().cpu()

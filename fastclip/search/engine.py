@@ -172,7 +172,7 @@ class SearchEngine:
         with self._lock:
             embedder = self._model.embedder
         file.seek(0)
-        image, fault = prepared(file, key, embedder.pixel_transform)
+        image, fault = prepared(file, key, embedder.transform)
         if image is None:
             raise BadSample("unusable picture", key, fault or "")
         with self._lock:

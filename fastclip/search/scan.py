@@ -185,7 +185,7 @@ def _add(
 
     def transform() -> Transform:
         with loading:  # the first thread that needs the model loads it
-            return embedder().pixel_transform
+            return embedder().transform
 
     with Progress("images", len(paths), shown=progress) as bar:
         for rows in _batches(_ahead(read, paths, workers, 2 * batch_size + workers), batch_size):
