@@ -33,6 +33,7 @@ TESTS = {  # pytest's arguments, each for less than SECONDS, ordered by what the
     "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),
     "tests-gpu-training": (
         "tests/training/test_gpu.py",
+        "tests/data/test_pixels.py",
         "tests/evaluation/test_gpu.py",
         "tests/package/test_bench_command.py",
     ),
