@@ -44,10 +44,6 @@ __all__ = ["Run", "train"]
 
 logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
-_LENGTH_MULTIPLE = 16  # tokens; tensor cores take multiples of 8, and fewer lengths need fewer compiled graphs
-# Texts of like length that the text tower takes at a time. On a CPU, groups of 32 to 64 are fastest; a GPU needs more
-# texts to be busy
-_TEXT_GROUP = {"cpu": 64, "cuda": 512}
 
 
 class Run(NamedTuple):
@@ -117,7 +113,6 @@ class _Trainer:
 
     def _make_stepper(self) -> Stepper:
         options, wrapped = self.options, wrap(self.model, self.world, self.options.parallel)
-        on_gpu = self.world.device.type == "cuda"
         assert options.optimizer is not None and options.lr is not None and options.weight_decay is not None
         optimizer = build_optimizer(
             options.optimizer,
@@ -139,8 +134,6 @@ class _Trainer:
             keep_on="cpu" if options.features_on == "cpu" else None,
             cached=options.is_cached(self.world.ranks),
             keep_graphs=options.keep_graphs,
-            length_multiple=_LENGTH_MULTIPLE if on_gpu else 1,
-            text_group=None if options.parallel == "fsdp" else _TEXT_GROUP["cuda" if on_gpu else "cpu"],
             normalize_pixels=PixelNormalization.of(self.config),
         )
 

@@ -119,8 +119,8 @@ PROMISES = [
             Break(
                 "texts: features stay in the order of embedding",
                 "fastclip/training/step/micro_batches.py",
-                old="_Reordered.apply(features, inverse, order)",
-                new="_Reordered.apply(features, order, inverse)",
+                old="_Reordered.apply(features, order.argsort(), order)",
+                new="_Reordered.apply(features, order, order.argsort())",
             ),
             Break(
                 "step: the host waits before the update",

@@ -43,19 +43,18 @@ class TextOrder:
     Args:
         order: (N,) int64 on the device, the row in the batch of each text in the order of embedding. None if both
             orders are the same.
-        inverse: (N,) int64 on the device, the place in the order of embedding of each row of the batch.
         tokens: number of tokens of all texts without padding.
     """
 
-    def __init__(self, order: Tensor | None, inverse: Tensor | None, tokens: int) -> None:
-        self._order, self._inverse, self.tokens = order, inverse, tokens
+    def __init__(self, order: Tensor | None, tokens: int) -> None:
+        self._order, self.tokens = order, tokens
 
     def in_batch_order(self, features: Tensor) -> Tensor:
         """Return features (N, D), which are in the order of embedding, in the order of the batch."""
-        if self._order is None or self._inverse is None:
+        if self._order is None:
             return features
-        order, inverse = (x.to(features.device, non_blocking=True) for x in (self._order, self._inverse))
-        return _Reordered.apply(features, inverse, order)
+        order = self._order.to(features.device)
+        return _Reordered.apply(features, order.argsort(), order)
 
 
 class _Reordered(torch.autograd.Function):
@@ -104,16 +103,15 @@ def micro_batches(
         order, widths = by_length(lengths, sizes, multiple=length_multiple, context_length=ids.shape[1], group=group)
         tokens = int(lengths.sum())
     ids = to_device(ids, device)
-    text_order = TextOrder(None, None, tokens)
     if order is not None:
-        order, inverse = to_device(order, device), to_device(order.argsort(), device)
-        ids, text_order = ids.index_select(0, order), TextOrder(order, inverse, tokens)
+        order = to_device(order, device)
+        ids = ids.index_select(0, order)
     images = _images_on(device, [batch.images for batch in batches])
     pieces = []
     for part, groups, (image, copied) in zip(ids.split(sizes), widths, images, strict=True):
         texts = part.split([size for size, _ in groups])
         pieces.append(MicroBatch(image, tuple(x[:, :width] for x, (_, width) in zip(texts, groups)), copied))
-    return pieces, text_order
+    return pieces, TextOrder(order, tokens)
 
 
 def by_length(

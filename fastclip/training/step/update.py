@@ -26,6 +26,11 @@ __all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
 FAILED = 1  # exit status of a run whose checkpoint could not be written
 _STATUSES = (FAILED, *STATUSES)
 _SHOWN = 10  # names in an error
+# Tokens: tensor cores take multiples of 8, and fewer lengths need fewer compiled graphs
+_LENGTH_MULTIPLE = {"cpu": 1, "cuda": 16}
+# Texts of like length that the text tower takes at a time. On a CPU, groups of 32 to 64 are fastest; a GPU needs more
+# texts to be busy
+_TEXT_GROUP = {"cpu": 64, "cuda": 512}
 
 
 class StepReport(NamedTuple):
@@ -55,8 +60,6 @@ class Stepper:
         keep_on, keep_graphs: arguments of `cached_step`.
         cached: use `cached_step` for a single micro-batch, too. This is needed if other ranks have several, because
             the features of all ranks must agree on whether they require gradients.
-        length_multiple, text_group: arguments of `micro_batches`. FSDP needs a text_group of None, because all ranks
-            must call the text tower equally often.
         normalize_pixels: function applied to a micro-batch's images on the device (default: they are used as they are).
     """
 
@@ -74,16 +77,15 @@ class Stepper:
         keep_on: torch.device | str | None = None,
         cached: bool = False,
         keep_graphs: int = 0,
-        length_multiple: int = 1,
-        text_group: int | None = None,
         normalize_pixels: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
-        self.cached, self.keep_graphs = cached, keep_graphs
-        self.length_multiple, self.text_group, self.normalize_pixels = length_multiple, text_group, normalize_pixels
-        # FSDP's gradients are DTensors, with which torch's fused optimisers take no tensor that tells them to skip
+        self.cached, self.keep_graphs, self.normalize_pixels = cached, keep_graphs, normalize_pixels
         sharded = wrapped is model and world.group is not None
+        # Under FSDP all ranks must call the text tower equally often, but their micro-batches may differ by a pair
+        self._text_group = None if sharded else _TEXT_GROUP[world.device.type]
+        # FSDP's gradients are DTensors, with which torch's fused optimisers take no tensor that tells them to skip
         self._skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded
 
     def step(
@@ -147,7 +149,11 @@ class Stepper:
         """
         device = self.world.device
         pieces, text_order = micro_batches(
-            batches, self.model, device, length_multiple=self.length_multiple, group=self.text_group
+            batches,
+            self.model,
+            device,
+            length_multiple=_LENGTH_MULTIPLE[device.type],
+            group=self._text_group,
         )
         labels = torch.cat([batch.labels for batch in batches])
         labels = to_device(labels, device if self.keep_on is None else torch.device(self.keep_on))
