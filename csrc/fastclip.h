@@ -29,8 +29,9 @@ typedef enum fastclip_status {
   FASTCLIP_INVALID_ARGUMENT = 1,
   FASTCLIP_OUT_OF_MEMORY = 2,
   FASTCLIP_UNSUPPORTED_ISA = 3,
-  FASTCLIP_NO_DRIVER = 4,     /* there is no NVIDIA driver, or it is too old for this build */
-  FASTCLIP_FAILED = 5,        /* the standard library threw an exception other than bad_alloc */
+  FASTCLIP_NO_DRIVER = 4, /* there is no NVIDIA driver, or it is too old for this build */
+  FASTCLIP_FAILED = 5,    /* the standard library threw an exception other than bad_alloc */
+  FASTCLIP_UNSUPPORTED_SIZE = 6,
   FASTCLIP_CUDA_ERROR = 1000, /* FASTCLIP_CUDA_ERROR + e stands for the cudaError_t e */
 } fastclip_status;
 
@@ -150,6 +151,14 @@ const char* fastclip_cpu_isa(void);
  * the kind that is in use. */
 int fastclip_cpu_select_threads(const char* name);
 const char* fastclip_cpu_threads(void);
+
+/* Resize an image of 4 bytes per pixel to `out_width` x `out_height` pixels, which are written without gaps, with the
+ * bicubic (`cubic`) or the bilinear filter. The rows of the input are `in_stride` bytes apart. If `columns_first`
+ * follows Pillow's choice of the first pass, the result has the same bits as Pillow's Image.resize.
+ * FASTCLIP_UNSUPPORTED_ISA means that the instruction set is "portable", FASTCLIP_UNSUPPORTED_SIZE that a side of the
+ * input is shorter than the filter. */
+int fastclip_cpu_resize(const uint8_t* in, int64_t in_stride, int64_t in_width, int64_t in_height, uint8_t* out,
+                        int64_t out_width, int64_t out_height, int cubic, int columns_first);
 
 /* ---- Hopper (sm_90a): pointers to features, vectors and results are device pointers, those to structs are not ----
  *

@@ -23,6 +23,8 @@ void check(int status) {
       throw std::bad_alloc();
     case FASTCLIP_UNSUPPORTED_ISA:
       throw std::invalid_argument("fastclip: this processor or build has no such instruction set");
+    case FASTCLIP_UNSUPPORTED_SIZE:
+      throw std::invalid_argument("fastclip: the image is too small for the filter");
     case FASTCLIP_FAILED:
       throw std::runtime_error("fastclip: the native code failed with a C++ exception");
     default:
@@ -52,6 +54,24 @@ fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv
 fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
                         int64_t offset = 0) {
   return {pointer<float>(dot), row_stride, M, N, i0, j0, offset, 0};
+}
+
+// The array of Arrow's C data interface, in the part that is read here
+struct ArrowArray {
+  int64_t length, null_count, offset, n_buffers, n_children;
+  const void** buffers;
+  ArrowArray** children;
+};
+
+// Returns the pixels of an image, 4 bytes each, from the capsule that Pillow's Image.__arrow_c_array__ returns.
+const uint8_t* pixels_of(const py::capsule& capsule, int64_t width, int64_t height) {
+  const auto* array = static_cast<const ArrowArray*>(PyCapsule_GetPointer(capsule.ptr(), "arrow_array"));
+  if (array == nullptr) throw py::error_already_set();
+  const bool pixels = array->n_children == 1 && array->length == width * height && array->offset == 0 &&
+                      array->children[0]->length == 4 * array->length && array->children[0]->offset == 0 &&
+                      array->children[0]->n_buffers == 2;
+  if (!pixels) throw std::invalid_argument("fastclip: the array does not hold an image of 4 bytes per pixel");
+  return static_cast<const uint8_t*>(array->children[0]->buffers[1]);
 }
 
 fastclip_loss loss_of(uintptr_t saved, int64_t N) { return {N, 0, 0.0, 0.0, pointer<double>(saved)}; }
@@ -151,6 +171,26 @@ PYBIND11_MODULE(_cpu, m) {
     const double factor = fastclip_cpu_loss_factor(&loss, &large);
     return std::pair<double, bool>(factor, large != 0);
   });
+  m.def("resize",  // returns the pixels of the resized part (x, y, width, height), 4 bytes each
+        [](const py::capsule& image, int64_t image_width, int64_t image_height, std::array<int64_t, 4> part,
+           int64_t out_width, int64_t out_height, bool cubic, bool columns_first) {
+          const auto [x, y, width, height] = part;
+          const uint8_t* pixels = pixels_of(image, image_width, image_height);
+          if (x < 0 || y < 0 || width < 1 || height < 1 || x + width > image_width || y + height > image_height ||
+              out_width < 1 || out_height < 1) {
+            throw std::invalid_argument("fastclip: the part is not inside the image");
+          }
+          const py::bytearray out(nullptr, 4 * out_width * out_height);
+          auto* target = reinterpret_cast<uint8_t*>(PyByteArray_AS_STRING(out.ptr()));
+          int status = FASTCLIP_OK;
+          {
+            const py::gil_scoped_release released;
+            status = fastclip_cpu_resize(pixels + 4 * (y * image_width + x), 4 * image_width, width, height, target,
+                                         out_width, out_height, cubic, columns_first);
+          }
+          check(status);
+          return out;
+        });
   m.def("select_isa", [](const char* name) { check(fastclip_cpu_select_isa(name)); });
   m.def("isa", &fastclip_cpu_isa);
   m.def("select_threads", [](const char* name) { check(fastclip_cpu_select_threads(name)); });

@@ -8,6 +8,7 @@
 #include "../cpu/thread_pool.h"
 #include "contrastive.h"
 #include "loss.h"
+#include "resize.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -368,6 +369,7 @@ constexpr Group kGroups[] = {{"contrastive", contrastive},
                              {"threads", threads},
                              {"after_fork", after_fork},
                              {"rows_beyond_2_to_the_31", rows_beyond_2_to_the_31},
+                             {"resize", resize},
                              {"invalid_arguments", invalid_arguments}};
 
 }  // namespace

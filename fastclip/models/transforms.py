@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastclip.data.picture import eight_bits
 from fastclip.models.config import ModelConfig
+from fastclip.models.resize import RandomPart, Resized
 
 if TYPE_CHECKING:
     from torchvision.transforms import Compose
@@ -114,11 +115,12 @@ def pixel_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     resize_size = options.resize_size or size
     if resize_size < size:
         raise ValueError(f"resize_size must be at least image_size {size}, got {resize_size}")
-    resize = Resize(resize_size if options.resize_mode == "shortest" else (resize_size, resize_size), interpolation)
+    sides = resize_size if options.resize_mode == "shortest" else (resize_size, resize_size)
+    resize = Resized(Resize(sides, interpolation))
     if not train:
         crops = [resize, CenterCrop(size)]
     elif options.train_crop == "resized":
-        crops = [RandomResizedCrop(size, scale=_AREA, interpolation=interpolation)]
+        crops = [RandomPart(RandomResizedCrop(size, scale=_AREA, interpolation=interpolation))]
     else:
         crops = [resize, RandomCrop(size), RandomHorizontalFlip()]
     return Compose([_checked, *crops, _to_rgb, _to_tensor])

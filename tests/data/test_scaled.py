@@ -130,8 +130,8 @@ def test_training_takes_no_crop_that_would_be_enlarged(model: str, side: int) ->
 
     config = load_config(model)
     assert training_side(config) == side
-    crop = image_transform(config, train=True).transforms[1]
     if config.preprocess_cfg.train_crop == "resized":
+        crop = image_transform(config, train=True).transforms[1].crop
         torch.manual_seed(0)
         for size in ((side, side), (side, 2 * side), (side, 10 * side)):
             crops = [crop.get_params(Image.new("L", size), crop.scale, crop.ratio) for _ in range(500)]
