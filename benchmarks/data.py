@@ -5,8 +5,9 @@
 The script first writes shards of JPEGs. Every provider has the same transform (open_clip's for training, to 224
 pixels), the same tokenizer and the same number of workers, which each pass starts again. `webdataset` is its usual
 pipeline: shards in random order, a shuffle buffer of 1,000 samples, decode, transform, batches. `fastclip` reads as
-`fastclip train` does; `fastclip_whole` decodes every JPEG at its full size. Before any timing, the passes are compared:
-they must yield the same captions.
+`fastclip train` does; `fastclip_whole` decodes every JPEG at its full size; `fastclip_pillow` resizes with Pillow, not
+with native code; `fastclip_packed` reads the shards that `fastclip data pack --size 256` makes of the same images.
+Before any timing, the passes are compared: they must yield the same captions.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.harness import Timings, append, machine, quantile
 from fastclip.data import open_source, training_batches
+from fastclip.data.pack import pack_source
 from fastclip.models import get_tokenizer
 from fastclip.models.config import load_config
 from fastclip.models.transforms import image_transform, training_side
@@ -38,6 +40,7 @@ from fastclip.system.installed import installed_version
 RESULTS = Path(__file__).parent / "results" / "data.csv"
 MODEL, PEER = "ViT-B-32", "webdataset"
 DISTINCT = 50  # images; the samples repeat them in turn
+PACKED_SIDE = 256  # shorter side of packed images, in pixels
 BUFFER = 1000  # samples in webdataset's shuffle buffer
 
 Pass = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # yields images and token ids of each batch
@@ -90,9 +93,11 @@ def write_shards(case: Case, folder: Path) -> str:
     return str(folder / f"{{00000..{case.shards - 1:05d}}}.tar")
 
 
-def ours(case: Case, pattern: str, *, scaled: bool) -> Pass:
+def ours(case: Case, pattern: str, *, scaled: bool, native: bool = True) -> Pass:
     config = load_config(MODEL)
     transform, tokenize = image_transform(config, train=True), get_tokenizer(MODEL)
+    if not native:
+        transform.transforms[1] = transform.transforms[1].crop  # torchvision's step, which calls Pillow
     source = open_source(pattern)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,6 +113,18 @@ def ours(case: Case, pattern: str, *, scaled: bool) -> Pass:
         return ((batch.images, batch.ids) for (batch,) in steps)
 
     return batches
+
+
+def packed(case: Case, pattern: str) -> Pass:
+    folder = Path(pattern).with_name("packed")
+    pack_source(
+        open_source(pattern),
+        folder,
+        samples_per_shard=case.samples // case.shards,
+        image_size=PACKED_SIDE,
+        workers=case.workers,
+    )
+    return ours(case, str(folder), scaled=True)
 
 
 def theirs(case: Case, pattern: str) -> Pass:
@@ -133,6 +150,8 @@ def theirs(case: Case, pattern: str) -> Pass:
 PROVIDERS: dict[str, Callable[[Case, str], Pass]] = {
     "fastclip": partial(ours, scaled=True),
     "fastclip_whole": partial(ours, scaled=False),
+    "fastclip_pillow": partial(ours, scaled=True, native=False),
+    "fastclip_packed": packed,
     PEER: theirs,
 }
 

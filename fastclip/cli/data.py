@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "Check the data that `fastclip train --data SPEC` would read, or pack it into tar shards.",
         "fastclip data check 'shards/{0000..0099}.tar' --model ViT-B-32",
-        "fastclip data pack pairs.csv --output shards --image-size 256",
+        "fastclip data pack pairs.csv --output shards --size 256",
     )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_check(commands.add_parser("check", help="read everything once, and report counts and faults"))
@@ -52,18 +52,21 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
         "Write a dataset as tar shards in the layout of img2dataset. Re-run the same "
         "command to resume; the output is byte-identical to that of an uninterrupted run.",
         "fastclip data pack pairs.csv --output shards",
-        "fastclip data pack photos --output shards --image-size 256 --workers 8",
+        "fastclip data pack photos --output shards --size 256 --workers 8",
     )
     pack.add_argument("--output", required=True, metavar="DIR", help="output folder for the shards")
     add_force(pack)
     add_samples_per_shard(pack)
     pack.add_argument(
-        "--image-size",
+        "--size",
+        dest="image_size",
         type=int,
         metavar="N",
         help="length in pixels to which the shorter side of an image is reduced if it is longer (default: no image is "
         "resized)",
     )
+    # The former name, which scripts may use
+    pack.add_argument("--image-size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     pack.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality of resized images")
     _add_reading(pack)
     pack.set_defaults(run=_pack_data)

@@ -383,8 +383,9 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert f"wrote {tmp_path}/s: 5 samples in 2 shards\nskipped: 2 not an image ({source.key(3)}, " in told
     assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which already existed" in capsys.readouterr().out
-    assert cli.main([*words, "--image-size", "4"]) == 1
-    assert "image_size was None, is now 4" in capsys.readouterr().err
+    for name in ("--size", "--image-size"):  # the second is the former name
+        assert cli.main([*words, name, "4"]) == 1
+        assert "image_size was None, is now 4" in capsys.readouterr().err
 
 
 # --- damage
