@@ -5,8 +5,8 @@
 The script first writes shards of JPEGs. Every provider has the same transform (open_clip's for training, to 224
 pixels), the same tokenizer and the same number of workers, which each pass starts again. `webdataset` is its usual
 pipeline: shards in random order, a shuffle buffer of 1,000 samples, decode, transform, batches. `fastclip` reads as
-`fastclip train` does; `fastclip_whole` decodes every JPEG at its full size; `fastclip_pillow` resizes with Pillow, not
-with native code; `fastclip_packed` reads the shards that `fastclip data pack --size 256` makes of the same images.
+`fastclip train` does. `fastclip_whole` decodes every JPEG at its full size, and `fastclip_pillow` resizes with Pillow,
+not with native code. `fastclip_packed` reads the shards that `fastclip data pack --size 256` makes of the same images.
 Before any timing, the passes are compared: they must yield the same captions.
 """
 

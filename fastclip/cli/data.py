@@ -59,14 +59,13 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
     add_samples_per_shard(pack)
     pack.add_argument(
         "--size",
+        "--image-size",  # the former name, which scripts may use
         dest="image_size",
         type=int,
         metavar="N",
         help="length in pixels to which the shorter side of an image is reduced if it is longer (default: no image is "
         "resized)",
     )
-    # The former name, which scripts may use
-    pack.add_argument("--image-size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     pack.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality of resized images")
     _add_reading(pack)
     pack.set_defaults(run=_pack_data)
