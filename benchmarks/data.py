@@ -2,11 +2,12 @@
 
     python -m benchmarks.data --sizes 512x384,1024x768 --workers 2 --rounds 5
 
-The script first writes shards of JPEGs. Every provider has the same transform (open_clip's for training, to 224
-pixels), the same tokenizer and the same number of workers, which each pass starts again. `webdataset` is its usual
-pipeline: shards in random order, a shuffle buffer of 1,000 samples, decode, transform, batches. `fastclip` reads as
-`fastclip train` does. `fastclip_whole` decodes every JPEG at its full size, and `fastclip_pillow` resizes with Pillow,
-not with native code. `fastclip_packed` reads the shards that `fastclip data pack --size 256` makes of the same images.
+The script first writes shards of JPEGs. Every provider takes the same crops (open_clip's for training, to 224 pixels),
+and has the same tokenizer and the same number of workers, which each pass starts again. `webdataset` is its usual
+pipeline, with open_clip's transform: shards in random order, a shuffle buffer of 1,000 samples, decode, transform,
+batches. `fastclip` reads as `fastclip train` does. `fastclip_whole` decodes every JPEG at its full size, and
+`fastclip_pillow` resizes with Pillow, not with native code. `fastclip_packed` reads the shards that `fastclip data pack
+--size 256` makes of the same images.
 Before any timing, the passes are compared: they must yield the same captions.
 """
 
@@ -28,13 +29,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from benchmarks.harness import Timings, append, machine, quantile
 from fastclip.data import open_source, training_batches
 from fastclip.data.pack import pack_source
 from fastclip.models import get_tokenizer
 from fastclip.models.config import load_config
-from fastclip.models.transforms import image_transform, training_side
+from fastclip.models.transforms import image_transform, pixel_transform, training_side
 from fastclip.system.installed import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "data.csv"
@@ -95,9 +97,9 @@ def write_shards(case: Case, folder: Path) -> str:
 
 def ours(case: Case, pattern: str, *, scaled: bool, native: bool = True) -> Pass:
     config = load_config(MODEL)
-    transform, tokenize = image_transform(config, train=True), get_tokenizer(MODEL)
+    transform, tokenize = pixel_transform(config, train=True), get_tokenizer(MODEL)
     if not native:
-        transform.transforms[1] = transform.transforms[1].crop  # torchvision's step, which calls Pillow
+        transform = with_pillow(transform)
     source = open_source(pattern)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -115,6 +117,12 @@ def ours(case: Case, pattern: str, *, scaled: bool, native: bool = True) -> Pass
     return batches
 
 
+def with_pillow(transform: Compose) -> Compose:
+    """Return the transform with torchvision's crop, which resizes with Pillow."""
+    checked, crop, *rest = transform.transforms
+    return Compose([checked, crop.crop, *rest])
+
+
 def packed(case: Case, pattern: str) -> Pass:
     folder = Path(pattern).with_name("packed")
     pack_source(
@@ -130,7 +138,7 @@ def packed(case: Case, pattern: str) -> Pass:
 def theirs(case: Case, pattern: str) -> Pass:
     import webdataset as wds
 
-    transform, tokenize = image_transform(load_config(MODEL), train=True), get_tokenizer(MODEL)
+    transform, tokenize = with_pillow(image_transform(load_config(MODEL), train=True)), get_tokenizer(MODEL)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         dataset = (

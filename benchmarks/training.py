@@ -6,8 +6,12 @@ results/training.csv.
     python -m benchmarks.training --model ViT-B-32 --precision bf16 --batches 32768/1024 --rounds 3 --device cuda
 
 A batch is SIZE/MICRO, with micro-batches of MICRO pairs. Both trainers start from the same weights and take the same
-random batch from the host's memory (pinned for a GPU). A batch of more than 4,096 images contains each several times,
-with other texts. The first losses are compared before any timing.
+random batch from the host's memory (pinned for a GPU), as each one's data workers hand it over: fastclip takes uint8
+images and normalises them in the step, open_clip takes normalised ones. A batch of more than 4,096 images contains each
+several times, with other texts. The first losses are compared before any timing.
+
+Texts are captions of 8 to 20 words, each equally likely, tokenized by the model's tokenizer, or with `--texts uniform`
+random tokens, whose number is uniform up to the context length.
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ from benchmarks.harness import Timings, append, machine, quantile
 from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
+from fastclip.models.config import ModelConfig
 from fastclip.models.convert import convert
+from fastclip.models.factory import tokenizer_of
+from fastclip.models.transforms import PixelNormalization
 from fastclip.training.ranks import World
 from fastclip.training.step.losses import NamedLoss, named_loss
 from fastclip.training.step.optim import build_optimizer
@@ -42,6 +49,13 @@ from fastclip.training.step.update import Stepper
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 PEER = "open_clip"
 POOL = 4096  # largest number of different images
+WORDS = (
+    "a the of with and in on near under over photo picture drawing view small large old young red blue green white "
+    "black brown dog cat horse bird man woman child people house street tree grass river mountain beach car bicycle "
+    "train boat table chair window door food plate bread fruit cup book flower garden morning evening summer winter "
+    "light rain snow running standing sitting holding looking riding playing sleeping wooden stone bright quiet "
+    "happy two three several"
+)
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 AGREE = 1e-4  # relative, for the losses of two implementations of the encoders
 AGREE_BF16 = 1e-2
@@ -55,6 +69,8 @@ class Case:
     precision: str  # fp32, bf16
     batch_size: int
     micro_batch: int
+    texts: str = "captions"  # captions, uniform
+    keep_graphs: int = 0  # fastclip's --keep-graphs
     device: str = "cpu"
 
 
@@ -97,17 +113,14 @@ class Shares:
 
 
 def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
-    """Return micro-batches of random pixels and words; the texts differ in length, as captions do."""
+    """Return micro-batches of random uint8 pixels and of texts of different lengths."""
     config = model.config
     assert config is not None
     generator = torch.Generator().manual_seed(0)
     pictures = min(case.batch_size, POOL // case.micro_batch * case.micro_batch or case.micro_batch)
-    images = torch.randn(pictures, 3, *(2 * (config.vision_cfg.image_size,)), generator=generator)
-    length, vocabulary = config.text_cfg.context_length, config.text_cfg.vocab_size
-    ids = torch.randint(1, vocabulary - 1, (case.batch_size, length), generator=generator)
-    end = torch.randint(2, length, (case.batch_size, 1), generator=generator)
-    place = torch.arange(length)
-    ids = torch.where(place < end, ids, 0).masked_fill_(place == end, vocabulary - 1)
+    size = (pictures, 3, *(2 * (config.vision_cfg.image_size,)))
+    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    ids = (captions if case.texts == "captions" else uniform)(case, config, generator)
     if case.device == "cuda":
         images, ids = images.pin_memory(), ids.pin_memory()
     labels, keys = torch.arange(case.batch_size), tuple(map(str, range(case.batch_size)))
@@ -118,9 +131,29 @@ def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
     ]
 
 
+def captions(case: Case, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Return the token ids of sentences of 8 to 20 words."""
+    tokenize = tokenizer_of(config, case.model)
+    words = WORDS.split()
+    counts = torch.randint(8, 21, (case.batch_size,), generator=generator).tolist()
+    return tokenize(
+        [" ".join(words[k] for k in torch.randint(len(words), (n,), generator=generator).tolist()) for n in counts]
+    )
+
+
+def uniform(case: Case, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Return random token ids; the number of tokens is uniform up to the context length."""
+    length, vocabulary = config.text_cfg.context_length, config.text_cfg.vocab_size
+    ids = torch.randint(1, vocabulary - 1, (case.batch_size, length), generator=generator)
+    end = torch.randint(2, length, (case.batch_size, 1), generator=generator)
+    place = torch.arange(length)
+    return torch.where(place < end, ids, 0).masked_fill_(place == end, vocabulary - 1)
+
+
 def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | None = None) -> Step:
     """Return a step of `fastclip train`, including the accuracy that it computes."""
     loss = named_loss("clip")
+    assert model.config is not None
     model.to(case.device)
     stepper = Stepper(
         model,
@@ -130,6 +163,8 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
         World(0, 1, torch.device(case.device), None),
         max_grad_norm=1.0,
         autocast=torch.bfloat16 if case.precision == "bf16" else None,
+        keep_graphs=case.keep_graphs,
+        normalize_pixels=PixelNormalization.of(model.config),
     )
 
     def step() -> float:
@@ -168,7 +203,16 @@ def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
     class Loader(list):  # type: ignore[type-arg]
         num_batches, num_samples = len(pieces), case.batch_size
 
-    loader = Loader((piece.images, piece.ids) for piece in pieces)
+    normalize, pinned = PixelNormalization.of(config), case.device == "cuda"
+    done: dict[int, Tensor] = {}  # by address, because large batches repeat their images
+
+    def normalized(images: Tensor) -> Tensor:
+        if images.data_ptr() not in done:
+            whole = normalize(images)
+            done[images.data_ptr()] = whole.pin_memory() if pinned else whole
+        return done[images.data_ptr()]
+
+    loader = Loader((normalized(piece.images), piece.ids) for piece in pieces)
     losses: list[float] = []
 
     class Loss(ClipLoss):  # type: ignore[misc]
@@ -259,7 +303,8 @@ def void(_: object) -> None:
 
 
 def peak_in_child(case: Case, provider: str) -> float:
-    words = ["--model", case.model, "--precision", case.precision]
+    words = ["--model", case.model, "--precision", case.precision, "--texts", case.texts]
+    words += ["--keep-graphs", str(case.keep_graphs)]
     words += ["--batches", f"{case.batch_size}/{case.micro_batch}", "--peak-of", provider]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training", *words],
@@ -311,6 +356,15 @@ def main() -> None:
         help="batches as SIZE/MICRO, separated by commas (default: %(default)s)",
     )
     parser.add_argument(
+        "--texts",
+        default="captions",
+        choices=["captions", "uniform"],
+        help="captions of 8 to 20 words, or texts of every length (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-graphs", type=int, default=0, help="fastclip's option of this name (default: %(default)s)"
+    )
+    parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="device to compute on (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each provider (default: %(default)s)")
@@ -323,7 +377,15 @@ def main() -> None:
     logging.disable(logging.INFO)  # open_clip's trainer logs every step
     names = arguments.providers.split(",")
     for size, _, micro in (batch.partition("/") for batch in arguments.batches.split(",")):
-        case = Case(arguments.model, arguments.precision, int(size), int(micro or size), arguments.device)
+        case = Case(
+            arguments.model,
+            arguments.precision,
+            int(size),
+            int(micro or size),
+            arguments.texts,
+            arguments.keep_graphs,
+            arguments.device,
+        )
         if arguments.peak_of:
             print(peak(case, arguments.peak_of))
             continue

@@ -18,8 +18,8 @@ from benchmarks.training import Case, Shares, Step, ours, pieces_of
 from fastclip.models import create_model
 
 CASES = {
-    False: Case("ViT-B-32", "bf16", 32768, 1024, "cuda"),
-    True: Case("ViT-tiny", "fp32", 6, 2, "cpu"),
+    False: Case("ViT-B-32", "bf16", 32768, 1024, device="cuda"),
+    True: Case("ViT-tiny", "fp32", 6, 2),
 }
 FEW = 2  # micro-batches of the preceding step, which is not profiled
 COMPILE_SECONDS = 45.0  # for torch.compile, forward with and without gradients, and a step
