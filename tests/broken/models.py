@@ -360,6 +360,35 @@ PROMISES = [
     ),
     Promise(
         COST,
+        "The last block of CLIP's towers computes only the token that the head reads, with equal features and gradients",
+        tests=[
+            "models/test_last_block.py::test_the_class_token_is_that_of_all_patches",
+            "models/test_last_block.py::test_the_end_of_a_text_is_that_of_all_tokens",
+            "models/test_last_block.py::test_the_last_block_multiplies_one_token_beyond_keys_and_values",
+        ],
+        breaks=[
+            Break(
+                "encoder: the query of a patch",
+                "fastclip/models/towers/image.py",
+                old="F.scaled_dot_product_attention(q[:, :, :1], k, v)",
+                new="F.scaled_dot_product_attention(q[:, :, 1:2], k, v)",
+            ),
+            Break(
+                "encoder: the end sees what follows",
+                "fastclip/models/towers/text.py",
+                old="attn_mask=seen[:, None, None]",
+                new="attn_mask=None",
+            ),
+            Break(
+                "encoder: all patches through the last block",
+                "fastclip/models/towers/image.py",
+                old="x = last(x, class_token_only=True)",
+                new="x = last(x)",
+            ),
+        ],
+    ),
+    Promise(
+        COST,
         "Gradient checkpointing reduces memory and changes no gradient",
         tests=[
             "models/test_models.py::test_checkpointed_gradients_are_the_same",

@@ -63,11 +63,8 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return features (B, D), not normalised, of token ids (B, L), where L is at most the context length."""
-        x = self.transformer(self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]])
-        end = ids.argmax(dim=1)
-        # LayerNorm acts on each token separately, so it can be applied to the selected token alone.
-        x = self.ln_final(x[torch.arange(len(ids), device=ids.device), end])
-        return x @ self.text_projection
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        return self.ln_final(self.transformer(x, ids.argmax(dim=1))) @ self.text_projection
 
     def lengths(self, ids: Tensor) -> Tensor:
         """Return the number of tokens (B,) of token ids (B, L) up to the end-of-text token, the last that matters."""
@@ -84,12 +81,14 @@ class _Transformer(nn.Module):
         self.resblocks = nn.ModuleList(_Block(width, heads, added_std, quick_gelu) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """Return the output (B, width) for token `last` (B,) of each text, from the embedded tokens (B, L, width)."""
+        for number, block in enumerate(self.resblocks, start=1):
+            arguments = (x, last) if number == len(self.resblocks) else (x,)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(*arguments)
         return x
 
 
@@ -106,8 +105,13 @@ class _Block(nn.Module):
         nn.init.normal_(c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(c_proj.weight, std=added_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, last: Tensor | None = None) -> Tensor:
+        """Return the output for all tokens (B, L, width), or (B, width) for token `last` (B,) of each text.
+
+        The last block of a tower needs a single token, which saves three quarters of that block's products.
+        """
+        attended = self.attn(self.ln_1(x), last)
+        x = attended + (x if last is None else _select(x, last))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -121,9 +125,20 @@ class _CausalAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None) -> Tensor:
         B, L, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(B, L, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).reshape(B, L, width))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, L, 3, self.heads, width // self.heads)
+        if last is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out_proj(out.transpose(1, 2).reshape(B, L, width))
+        k, v = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        q = _select(qkv[:, :, 0], last)[:, :, None]  # (B, heads, 1, width / heads)
+        seen = torch.arange(L, device=x.device) <= last[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        return self.out_proj(out.reshape(B, width))
+
+
+def _select(x: Tensor, places: Tensor) -> Tensor:
+    """Return x[b, places[b]] for every b, where x is (B, L, ...) and places (B,)."""
+    return x[torch.arange(len(x), device=x.device), places]
