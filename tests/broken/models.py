@@ -360,7 +360,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "The last block of CLIP's towers computes only the token that the head reads, with equal features and gradients",
+        "The last block of CLIP's towers computes only the token that the head reads, with equal results",
         tests=[
             "models/test_last_block.py::test_the_class_token_is_that_of_all_patches",
             "models/test_last_block.py::test_the_end_of_a_text_is_that_of_all_tokens",
