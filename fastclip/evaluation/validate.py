@@ -19,6 +19,7 @@ from fastclip.data.sources.subset import evenly
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
+from fastclip.models.dual_encoder import without_padding
 from fastclip.models.transforms import split_normalization
 from fastclip.system.rounding import ceil_div
 
@@ -202,7 +203,7 @@ def _text_features(
     share = ceil_div(len(texts), ranks)
     mine = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # the same number on every rank
     chunks = [mine[start : start + batch_size] for start in range(0, share, batch_size)]
-    features = [unit_rows(model.encode_text(tokenize(chunk).to(device))) for chunk in chunks]
+    features = [unit_rows(model.encode_text(without_padding(tokenize(chunk), model).to(device))) for chunk in chunks]
     return _in_order(torch.cat(features), len(texts), group)
 
 

@@ -20,7 +20,7 @@ from fastclip.models.tokenizers.vocabulary import VOCABULARY, is_file_name, voca
 from fastclip.system.durable import write_bytes, write_json
 from fastclip.system.lazy import uncollected
 
-__all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
+__all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model", "without_padding"]
 
 _COMPILED = "_orig_mod."  # prefix that torch.compile adds to the names of a module's parameters
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -296,6 +296,16 @@ def create_model(
         changed = [option for option, value in options.items() if value is not None]
         load_weights(model, config, checkpoint, name or str(pretrained), changed=changed)
     return model
+
+
+def without_padding(ids: Tensor, model: nn.Module) -> Tensor:
+    """Cut token ids (B, L) to the longest text, whose features do not depend on the padding, except for rounding.
+
+    Texts are cut if the model's text tower has a method ``lengths`` (`TextTransformer.lengths`). They should be on the
+    host, because their lengths determine a shape.
+    """
+    lengths_of = getattr(getattr(model, "text", None), "lengths", None)
+    return ids if lengths_of is None or not len(ids) else ids[:, : int(lengths_of(ids).max())]
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastclip.models.config import mapping
-from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.dual_encoder import DualEncoder, without_padding
 from fastclip.models.factory import create_model, tokenizer_of
 from fastclip.models.tokenizers.clip import texts_of
 from fastclip.models.transforms import image_transform, split_normalization
@@ -97,7 +97,7 @@ class Embedder:
         """
         units, texts = [], texts_of(texts)
         for start in range(0, len(texts), batch_size):
-            ids = self.tokenize(texts[start : start + batch_size]).to(self.device)
+            ids = without_padding(self.tokenize(texts[start : start + batch_size]), self.model).to(self.device)
             with self._autocast():
                 units.append(_unit(self.model.encode_text(ids)))
         return torch.cat(units) if units else torch.empty(0, self.dim)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import needs
@@ -15,7 +16,10 @@ needs("models")
 from open_clip.transformer import QuickGELU as OpenClipQuickGELU
 from open_clip.transformer import TextTransformer as OpenClipTextTransformer
 
+import fastclip
+from fastclip.evaluation.validate import _text_features
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.embedder import Embedder
 from fastclip.models.towers.text import TextTransformer
 
 WIDTH, LAYERS, HEADS, OUTPUT_DIM, CONTEXT_LENGTH, VOCAB_SIZE = 48, 3, 4, 40, 20, 97
@@ -90,6 +94,22 @@ def test_text_sees_what_precedes_the_end_only() -> None:
     torch.testing.assert_close(features[0], features[1])
     assert not torch.allclose(features[0], features[2], atol=1e-4)
     torch.testing.assert_close(tower(ids[:, :6]), features)
+
+
+def test_texts_are_embedded_without_their_common_padding() -> None:
+    torch.manual_seed(0)
+    model, tokenize = fastclip.create_model("ViT-tiny"), fastclip.get_tokenizer("ViT-tiny")
+    texts = ["a cat", "a photo of two dogs", "", "a man on a horse"]  # 4, 7, 2 and 7 tokens
+    expected = F.normalize(model.encode_text(tokenize(texts)), dim=1)
+    widths = []
+    model.text.register_forward_pre_hook(lambda tower, arguments: widths.append(arguments[0].shape[1]))
+    embedder = Embedder(model, tokenize, precision="fp32", name="ViT-tiny")
+    torch.testing.assert_close(embedder.embed_texts(texts), expected)
+    torch.testing.assert_close(embedder.embed_texts(texts, batch_size=1), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(_text_features(model, tokenize, texts, 3, None), expected)
+    assert widths == [7, 4, 7, 2, 7, 7, 7]
+    assert embedder.embed_texts([]).shape == (0, 64)
 
 
 def test_text_initialisation_is_that_of_clip() -> None:
