@@ -46,12 +46,13 @@ SECTIONS = {
         "Training steps",
         "A step of `fastclip train` and of open_clip's `train_one_epoch`, from the same weights and on the same batch, "
         "which is in memory.",
-        ("model", "precision", "batch_size", "micro_batch", "provider", "threads"),
+        ("model", "precision", "batch_size", "micro_batch", "texts", "keep_graphs", "provider", "threads"),
         {
             "model": "model",
             "precision": "precision",
             "batch_size": "batch",
             "micro_batch": "micro-batch",
+            "texts": "texts",
             "provider": "provider",
             "median_s": "s",
             "speedup_over_open_clip": "times as fast as open_clip",

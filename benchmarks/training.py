@@ -35,11 +35,10 @@ from torch import Tensor
 
 from benchmarks.harness import Timings, append, machine, quantile
 from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
+from benchmarks.texts import captions, uniform
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
-from fastclip.models.config import ModelConfig
 from fastclip.models.convert import convert
-from fastclip.models.factory import tokenizer_of
 from fastclip.models.transforms import PixelNormalization
 from fastclip.training.ranks import World
 from fastclip.training.step.losses import NamedLoss, named_loss
@@ -49,13 +48,6 @@ from fastclip.training.step.update import Stepper
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 PEER = "open_clip"
 POOL = 4096  # largest number of different images
-WORDS = (
-    "a the of with and in on near under over photo picture drawing view small large old young red blue green white "
-    "black brown dog cat horse bird man woman child people house street tree grass river mountain beach car bicycle "
-    "train boat table chair window door food plate bread fruit cup book flower garden morning evening summer winter "
-    "light rain snow running standing sitting holding looking riding playing sleeping wooden stone bright quiet "
-    "happy two three several"
-)
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 AGREE = 1e-4  # relative, for the losses of two implementations of the encoders
 AGREE_BF16 = 1e-2
@@ -120,7 +112,8 @@ def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
     pictures = min(case.batch_size, POOL // case.micro_batch * case.micro_batch or case.micro_batch)
     size = (pictures, 3, *(2 * (config.vision_cfg.image_size,)))
     images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-    ids = (captions if case.texts == "captions" else uniform)(case, config, generator)
+    texts = captions if case.texts == "captions" else uniform
+    ids = texts(case.batch_size, case.model, config, generator)
     if case.device == "cuda":
         images, ids = images.pin_memory(), ids.pin_memory()
     labels, keys = torch.arange(case.batch_size), tuple(map(str, range(case.batch_size)))
@@ -129,25 +122,6 @@ def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
         for k in range(0, case.batch_size, case.micro_batch)
         for k1 in [min(k + case.micro_batch, case.batch_size)]
     ]
-
-
-def captions(case: Case, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    """Return the token ids of sentences of 8 to 20 words."""
-    tokenize = tokenizer_of(config, case.model)
-    words = WORDS.split()
-    counts = torch.randint(8, 21, (case.batch_size,), generator=generator).tolist()
-    return tokenize(
-        [" ".join(words[k] for k in torch.randint(len(words), (n,), generator=generator).tolist()) for n in counts]
-    )
-
-
-def uniform(case: Case, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    """Return random token ids; the number of tokens is uniform up to the context length."""
-    length, vocabulary = config.text_cfg.context_length, config.text_cfg.vocab_size
-    ids = torch.randint(1, vocabulary - 1, (case.batch_size, length), generator=generator)
-    end = torch.randint(2, length, (case.batch_size, 1), generator=generator)
-    place = torch.arange(length)
-    return torch.where(place < end, ids, 0).masked_fill_(place == end, vocabulary - 1)
 
 
 def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | None = None) -> Step:
