@@ -36,6 +36,7 @@ _TITLES: dict[str, dict[str, str]] = {
     "Gradient norm": {"grad_norm": "grad_norm"},
     "Samples per second": {"samples_per_second": "samples_per_second"},
     "Share of time spent waiting for data": {"data_wait": "data_wait"},
+    "Model FLOP utilisation": {"mfu": "mfu"},
     "Skipped samples": {"skipped": "skipped"},
 }
 _NO_CHART = ("epoch",)

@@ -60,6 +60,8 @@ def _figures(run: RunRecord) -> list[Figure]:
         wait = _median(run.series.get("data_wait"))
         note = "" if wait is None else f"{wait:.0%} of the time spent waiting for data"
         figures.append(Figure("samples per second", f"{speed:,.0f}", note))
+    if (share := _median(run.series.get("mfu"))) is not None:
+        figures.append(Figure("model FLOP utilisation", f"{share:.1%}", "of the measured rate of matrix products"))
     if (skipped := run.series.get("skipped")) is not None and skipped.values[-1] > 0:
         figures.append(Figure("skipped samples", f"{skipped.values[-1]:,.0f}", "that could not be used"))
     return figures

@@ -12,7 +12,7 @@ __all__ = ["Progress"]
 
 logger = logging.getLogger(__name__)
 _PAUSE = 5.0  # seconds between log lines
-_BESIDE_BAR = ("loss", "samples_per_second")  # a bar has room for these
+_BESIDE_BAR = ("loss", "samples_per_second", "data_wait", "mfu")  # a bar has room for these
 
 
 class Progress:

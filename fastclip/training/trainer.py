@@ -36,6 +36,7 @@ from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, ow
 from fastclip.training.run.checkpoints import model_state, read_state
 from fastclip.training.run.loop import Loop, Update
 from fastclip.training.run.torch_settings import settings_kept
+from fastclip.training.run.utilisation import Utilisation
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
@@ -164,6 +165,9 @@ class _Trainer:
             val_every=self.options.val_every,
             async_save=self.options.async_save,
             wandb=self.options.wandb,
+            utilisation=Utilisation(
+                self.model, self.world, batch_size=self.options.batch_size, autocast=self.stepper.autocast
+            ),
         )
 
     def _check(self, options: TrainOptions) -> None:
@@ -246,7 +250,7 @@ class _Trainer:
                 "image_top1": report.image_top1 or 0.0,
                 "text_top1": report.text_top1 or 0.0,
             }
-        return Update(report.loss, values, report.status)
+        return Update(report.loss, values, report.status, report.tokens)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -55,6 +55,7 @@ class Update(NamedTuple):
     loss: float
     values: dict[str, float]  # further metrics to log; may be empty if the step is not logged
     status: int  # 0 to continue, else the exit status: FAILED (checkpoint not written), 143 or 130 (signal)
+    tokens: int = 0  # tokens of all texts, without padding
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Loop:
     val_every: int | None = None  # steps between validations; the last step is always validated
     async_save: bool = True
     wandb: str | None = None
+    utilisation: Callable[[int, int, float], float | None] = lambda *_: None  # as in `Meter`
 
     def __post_init__(self) -> None:
         self.skipped = Skipped(self.order, self.options.max_bad, self.world)
@@ -145,7 +147,7 @@ class Loop:
                 # An earlier process may have died during the validation of this step
                 if not self.validated and self._validation_is_due(self.first):
                     self._validate(self.first)
-                batches, meter = self._batches(), Meter(options.batch_size)
+                batches, meter = self._batches(), Meter(options.batch_size, self.utilisation)
                 for step in range(self.first, self.last):
                     with meter.waiting():
                         batch = next(batches)
@@ -188,7 +190,7 @@ class Loop:
         done = step + 1
         logged = done % self.options.log_every == 0 or done == self.last
         update = self.update(batch, step, logged=logged, status=self._status)
-        meter.stepped()
+        meter.stepped(update.tokens)
         self._progress.count()
         if logged:
             values = {"loss": update.loss, "lr": lr, **update.values, "skipped": self.skipped.tally.total}

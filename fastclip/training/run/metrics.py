@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fastclip.system.reading import parse_json
 __all__ = ["Meter", "Metrics", "cut_metrics"]
 
 logger = logging.getLogger(__name__)
+_WARM_UP = 10  # first steps of a process, which are slower than others
 
 
 class Metrics:
@@ -89,18 +90,29 @@ def cut_metrics(file: Path, step: int) -> int | None:
 
 
 class Meter:
-    """Throughput of training between two calls of `read`."""
+    """Throughput of training between two calls of `read`.
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    Args:
+        batch_size: pairs of all processes in a step.
+        utilisation: function of steps, tokens of their texts and seconds that returns the model FLOP utilisation, or
+            None if it is not known. It is called in `read`, after the first ten steps.
+    """
+
+    def __init__(
+        self, batch_size: int, utilisation: Callable[[int, int, float], float | None] = lambda *_: None
+    ) -> None:
+        self._batch_size, self._utilisation = batch_size, utilisation
+        self._total = 0  # steps
         self._begin()
 
     def _begin(self) -> None:
-        self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
+        self._waited, self._steps, self._tokens, self._since = 0.0, 0, 0, time.perf_counter()
 
-    def stepped(self) -> None:
-        """Count one step."""
+    def stepped(self, tokens: int = 0) -> None:
+        """Count one step, with `tokens` of all texts."""
         self._steps += 1
+        self._total += 1
+        self._tokens += tokens
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -117,10 +129,15 @@ class Meter:
         self._since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """Return samples per second and the share of time spent waiting for data, both since the last call."""
+        """Return samples per second, the share of time spent waiting for data and the model FLOP utilisation.
+
+        All are of the time since the last call. The utilisation is left out if it is not known.
+        """
         seconds = time.perf_counter() - self._since
         rates = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
-        self._begin()
+        if self._total > _WARM_UP and (share := self._utilisation(self._steps, self._tokens, seconds)) is not None:
+            rates["mfu"] = share
+        self._begin()  # the first call of `utilisation` takes time, which is excluded
         return rates
 
 

@@ -42,7 +42,7 @@ class StepReport(NamedTuple):
     text_top1: float | None  # share of texts whose most similar image in the batch is their own
     logit_scale: float  # exponentiated, after the update
     status: int = 0  # exit status if some process needs to end, else 0
-    tokens: int = 0  # tokens of this rank's texts, without padding
+    tokens: int = 0  # tokens of all texts, without padding
 
 
 class Stepper:
@@ -117,7 +117,8 @@ class Stepper:
         # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
         wished = status()
         wishes = [torch.full_like(value, wished == code, dtype=torch.float64) for code in _STATUSES]
-        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, *shares)])
+        count = torch.full_like(value, tokens, dtype=torch.float64)
+        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, count, *shares)])
         shared = mean_over_ranks(shared, self.world)
         if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
             reduce_unsharded(self.model, self.world)
@@ -139,7 +140,9 @@ class Stepper:
             numbers[-1] = float(self.model.logit_scale.detach().exp())
         if self.ema is not None:
             self.ema.update()
-        image_top1, text_top1 = numbers[1 + len(_STATUSES) : -2] or (None, None)
+        mean_tokens, *top1 = numbers[1 + len(_STATUSES) : -2]
+        image_top1, text_top1 = top1 or (None, None)
+        tokens = round(mean_tokens * self.world.ranks)
         return StepReport(whole, grad_norm, image_top1, text_top1, numbers[-1], agreed, tokens)
 
     def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, list[Tensor], int]:
