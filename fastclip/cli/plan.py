@@ -1,4 +1,4 @@
-"""``fastclip plan``: predict the memory of a training run."""
+"""``fastclip plan``: predict the memory and the speed of a training run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Predict the memory that each process of a training run needs, and the largest value of --micro-batch of "
-        "fastclip train with which it fits. The options describe that run; no model is loaded or trained, and no GPU "
-        "is used. --optimizer defaults to adamw for every model, while fastclip train uses lamb for ALIGN models; both "
-        "need the same memory. The exit status is 1 if the run does not fit.",
+        "Predict the memory that each process of a training run needs, the largest value of --micro-batch of "
+        "fastclip train with which it fits, and the seconds of a step. The options describe that run; no model is "
+        "loaded or trained, and no GPU is needed. --optimizer defaults to adamw for every model, while fastclip train "
+        "uses lamb for ALIGN models; both need the same memory. The exit status is 1 if the run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
         "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
+        "fastclip plan --model ViT-B-32 --batch-size 32768 --memory 140 --precision bf16 --tflops 790 --tokens 20",
     )
     add_training_option(parser, "model", required=True)
     add_training_option(parser, "batch_size", type=int, required=True)
@@ -52,7 +53,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_training_option(parser, "image_size", type=int, default_words="the model's")
     add_training_option(parser, "context_length", type=int, default_words="the model's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the planned run")
+    _add_speed_options(parser)
     parser.set_defaults(run=_plan)
+
+
+def _add_speed_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="RATE",
+        help="rate of large matrix products on the device of a process, in TFLOP/s (default: measured if this machine "
+        "has a device of the planned kind)",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        metavar="SHARE",
+        help="share of that rate that a step reaches (default: a measured one, which is printed)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        metavar="N",
+        help="tokens of a text on average, for the seconds of a step (default: the context length)",
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -61,9 +85,13 @@ def _plan(args: argparse.Namespace) -> int:
     from fastclip.models.factory import create_model
     from fastclip.training import plan as predict
     from fastclip.training.planning.report import machine_memory, readable, remedies, table
+    from fastclip.training.planning.speed import machine_rate, sentences
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
+    for option, value, most in (("tflops", args.tflops, 1e9), ("utilisation", args.utilisation, 1.0)):
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"--{option} must be above 0 and at most {most:g}, got {value:g}")
     if args.lock_image and args.lock_text:
         raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
     memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
@@ -75,6 +103,8 @@ def _plan(args: argparse.Namespace) -> int:
         model.lock_text_tower()
     names = ("batch_size", "world_size", "micro_batch", "precision", "optimizer", "parallel", "comm", "ema", "device")
     plan = predict(model, **{name: getattr(args, name) for name in names})
+    if args.tokens is not None and not 1 <= args.tokens <= plan.context_length:
+        raise ValueError(f"--tokens must be from 1 to the context length {plan.context_length}, got {args.tokens:g}")
     largest, even = plan.largest_micro_batch(memory), plan.even_micro_batch(memory)
     if args.micro_batch is None:
         plan = replace(plan, micro_batch=even or 1)
@@ -94,4 +124,7 @@ def _plan(args: argparse.Namespace) -> int:
         f"on the host, each process needs {readable(plan.host)} for the images and texts of a step, and the same again "
         "for the next step"
     )
+    if largest:
+        rate = machine_rate(plan) if args.tflops is None else args.tflops * 1e12
+        print(sentences(plan, rate, utilisation=args.utilisation, tokens=args.tokens))
     return int(not largest or plan.total > memory)

@@ -17,6 +17,7 @@ from fastclip.models.dual_encoder import DualEncoder
 from fastclip.system import env
 from fastclip.system.rounding import ceil_div
 from fastclip.training.planning.footprint import Footprint, footprint
+from fastclip.training.planning.operations import Operations, operations_of
 from fastclip.training.ranks import fsdp_blocks
 
 __all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "plan"]
@@ -71,6 +72,7 @@ class Plan:
     ema: bool
     device: str
     workspace_limit: int  # FASTCLIP_WORKSPACE_MB, in bytes
+    operations: Operations
     keep_graphs: int = 0  # micro-batches whose graphs gradient caching keeps; more than `most_graphs` are not kept
 
     @property
@@ -352,6 +354,7 @@ def plan(
         world_size=world_size,
         ema=ema,
         workspace_limit=env.workspace_bytes(device),
+        operations=operations_of(model),
         **given,
     )
 

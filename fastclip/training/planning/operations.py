@@ -147,8 +147,8 @@ def _forward(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...]]:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure how many operations per second products of large square matrices reach on `device`.
 
-    It takes less than 0.1 s on a CPU and 0.3 s on a GPU, once in a process for each dtype and number of threads. torch's
-    random state stays as it is.
+    It takes less than 0.1 s on a CPU and 0.3 s on a GPU, once in a process for each dtype and number of threads.
+    torch's random state stays as it is.
     """
     return _matrix_rate(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
