@@ -93,6 +93,6 @@ def sentences(p: Plan, rate: float | None, *, utilisation: float | None = None, 
 
 
 def _amount(operations: float) -> str:
-    """Format a number of operations, such as 8.818 GFLOP."""
+    """Format a number of operations, such as 8.29 GFLOP."""
     size, name = next((unit for unit in _UNITS if operations >= unit[0]), _UNITS[-1])
     return f"{operations / size:,.4g} {name}"
