@@ -79,4 +79,45 @@ PROMISES = [
             ),
         ],
     ),
+    Promise(
+        COST,
+        "Model FLOP utilisation counts each pair once and no padding, over all processes; `fastclip plan` predicts the "
+        "measured step within 1 %",
+        tests=[
+            "training/test_operations.py::test_operations_are_those_of_the_closed_forms",
+            "training/test_operations.py::test_operations_of_bert_are_those_of_the_closed_form",
+            "training/test_operations.py::test_locked_towers_have_no_backward_pass",
+            "training/test_operations.py::test_padding_does_not_count",
+            "training/test_operations.py::test_ranks_share_one_utilisation",
+            "training/test_operations.py::test_run_says_its_utilisation",
+            "training/test_speed.py::test_limit_is_that_of_a_count_by_hand",
+            "training/test_speed.py::test_prediction_is_near_the_measured_step",
+        ],
+        breaks=[
+            Break(
+                "operations: a locked tower has a backward pass",
+                "fastclip/training/planning/operations.py",
+                old="return self.trains_image * self.image + self.trains_text * self.text(tokens)",
+                new="return self.image + self.text(tokens)",
+            ),
+            Break(
+                "operations: tokens are those of one process",
+                "fastclip/training/step/update.py",
+                old="tokens = round(mean_tokens * self.world.ranks)",
+                new="",
+            ),
+            Break(
+                "utilisation: the rate is that of one process",
+                "fastclip/training/run/utilisation.py",
+                old="return sum(known)\n",
+                new="return known[0]\n",
+            ),
+            Break(
+                "plan: gradient caching embeds once",
+                "fastclip/training/planning/speed.py",
+                old="executed = p.operations.executed(p.batch_size, tokens, again=again)",
+                new="executed = p.operations.executed(p.batch_size, tokens)",
+            ),
+        ],
+    ),
 ]
