@@ -13,10 +13,11 @@ from fastclip.models.config import ModelConfig
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model
 from fastclip.training.options import TrainOptions
-from fastclip.training.ranks import World
+from fastclip.training.ranks import World, of_all_ranks
+from fastclip.training.step.compiled import obstacle
 from fastclip.training.step.losses import NamedLoss, named_loss
 
-__all__ = ["build_loss", "build_model", "resolve", "served_by"]
+__all__ = ["build_loss", "build_model", "resolve", "resolve_compile", "served_by"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,22 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
         model.lock_text_tower()
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
-    if options.compile:
-        model.compile()  # in place, so that parameter names stay those of the checkpoints
     return model.to(device)
+
+
+def resolve_compile(options: TrainOptions, world: World) -> TrainOptions:
+    """Return `options` with a value for --compile. All ranks get the same.
+
+    Raises:
+        ValueError: --compile was given and a rank cannot compile.
+    """
+    wanted = world.device.type == "cuda" if options.compile is None else options.compile
+    obstacles = of_all_ranks(obstacle(world.device), world) if wanted else []
+    for rank, why in enumerate(obstacles):
+        if why is not None:
+            message = f"torch.compile does not work here: {why}" + (f" (on rank {rank})" if world.ranks > 1 else "")
+            if options.compile:
+                raise ValueError(f"--compile: {message}. --no-compile trains without it")
+            logger.warning("the towers are not compiled: %s", message)
+            return replace(options, compile=False)
+    return replace(options, compile=wanted)

@@ -74,11 +74,19 @@ def parse_dataclass(
 
     kind: Any = options
     types, words = get_type_hints(kind), option_words(kind)
-    shown_fields = [described(f.name, types[f.name], words[f.name], f.default) for f in fields(kind)]
+    # tyro gives only a plain bool two flags, --NAME and --no-NAME. Without either of them the value stays None
+    unset = {name for name, type_ in types.items() if type_ == bool | None and not _has_flag(name, args)}
+    plain = {name: bool if type_ == bool | None else type_ for name, type_ in types.items()}
+    defaults = {f.name: False if types[f.name] == bool | None else f.default for f in fields(kind)}
+    shown_fields = [described(name, plain[name], words[name], value) for name, value in defaults.items()]
     shown_fields += [described(name, str | None, read, None) for name, read in (also or {}).items()]
     shown = make_dataclass(options.__name__, shown_fields, bases=(options,), frozen=True)
     parsed: Any = tyro.cli(shown, prog=prog, description=description, args=args)
-    return options(**{name: getattr(parsed, name) for name in words})
+    return options(**{name: None if name in unset else getattr(parsed, name) for name in words})
+
+
+def _has_flag(name: str, args: Sequence[str]) -> bool:
+    return any(word.replace("_", "-") in [f"--{no}{name}".replace("_", "-") for no in ("", "no-")] for word in args)
 
 
 def _docstrings(options: type) -> dict[str, str]:

@@ -121,8 +121,8 @@ class TrainOptions:
     grad_checkpointing: bool = False
     """Keep only the inputs of each transformer block and recompute the rest, which saves memory at the cost of about a
     third more time."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | None = None
+    """Compile the blocks of both towers with torch.compile (default: on for GPUs, off for CPUs)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism under torchrun: each process holds the whole model (ddp) or a shard of it (fsdp, FSDP2)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

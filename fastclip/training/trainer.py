@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,13 +30,14 @@ from fastclip.system.durable import new_folder
 from fastclip.system.owner import output_path
 from fastclip.system.rounding import ceil_div
 from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
-from fastclip.training.from_options import build_loss, build_model, resolve, served_by
+from fastclip.training.from_options import build_loss, build_model, resolve, resolve_compile, served_by
 from fastclip.training.options import TrainOptions, write_options
 from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
 from fastclip.training.run.checkpoints import model_state, read_state
 from fastclip.training.run.loop import Loop, Update
 from fastclip.training.run.torch_settings import settings_kept
 from fastclip.training.run.utilisation import Utilisation
+from fastclip.training.step.compiled import Compilation, eager
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
@@ -93,6 +94,7 @@ class _Trainer:
         options = resolve(options, config)
         self.world, self.folder = world, output_path(options.output)
         self._check(options)  # before data and weights are loaded, which may take minutes
+        options = resolve_compile(options, world)
 
         self.source = open_source(options.data)
         self.fingerprint = fingerprint(self.source)
@@ -110,6 +112,8 @@ class _Trainer:
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)
         self.validation: dict[str, float] = {}
+        # Before `wrap`, which adds hooks to the blocks
+        self.compilation = Compilation(self.model, deterministic=options.deterministic) if options.compile else None
         self.stepper = self._make_stepper()
 
     def _make_stepper(self) -> Stepper:
@@ -241,7 +245,8 @@ class _Trainer:
         if step == self.first:
             labels = [micro_batch.labels for micro_batch in batch]
             _warn(doubts_of_labels(labels, self.options.loss, with_labels=self.loss.with_labels))
-        report = self.stepper.step(batch, step=step, accuracy=logged, status=status)
+        with nullcontext() if self.compilation is None else self.compilation.of_step(step):
+            report = self.stepper.step(batch, step=step, accuracy=logged, status=status)
         values = {}
         if logged:
             values = {
@@ -273,7 +278,8 @@ class _Trainer:
         if self.world.group is not None:  # each rank has its own BatchNorm statistics; rank 0's are saved
             for x in self.model.buffers():
                 dist.broadcast(x, src=0, group=self.world.group)
-        with self._averaged(), torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
+        autocast = torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+        with self._averaged(), autocast, nullcontext() if self.compilation is None else eager():
             self.validation = validate(
                 self.model,
                 self.val_source,

@@ -1,0 +1,140 @@
+"""Compilation of the towers with torch.compile: one graph for all blocks of a kind.
+
+A tower is a stack of blocks, and most of them differ only in their weights. Compiling the block instead of the tower
+costs as much as compiling a single block, however deep the tower is. Blocks are compiled in place, so that the names of
+the weights, the wrappers of DDP and FSDP, gradient checkpointing and checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastclip.models.dual_encoder import DualEncoder
+
+__all__ = ["Compilation", "blocks", "eager", "obstacle"]
+
+logger = logging.getLogger(__name__)
+_BACKEND = "inductor"
+_GRAPHS = 4096  # more than the shapes of any run; beyond dynamo's own limit (8) blocks would silently run eagerly
+
+
+class Compilation:
+    """Compile the blocks of both towers in place, each when a step first meets its shapes.
+
+    The kernels of a shape do not depend on the shapes that came before, so a resumed run has the bits of an
+    uninterrupted one. Dropout draws torch's own random numbers, so that the two passes of gradient caching draw the
+    same masks, which are also those of a run without compilation.
+
+    Args:
+        model: model whose blocks are compiled.
+        deterministic: choose no kernel by its speed, which varies from run to run.
+
+    Attributes:
+        graphs: number of graphs that steps have compiled.
+        seconds: duration of their compilation.
+    """
+
+    def __init__(self, model: DualEncoder, *, deterministic: bool = False) -> None:
+        self.graphs, self.seconds = 0, 0.0
+        for tower in (model.visual, model.text):
+            for block in blocks(tower):
+                block.compile(**_settings(deterministic))
+
+    @contextmanager
+    def of_step(self, step: int) -> Iterator[None]:
+        """Let the step inside the context compile what it meets, and log what was compiled.
+
+        Raises:
+            ValueError: a block cannot be compiled. The weights are unchanged.
+        """
+        import torch._dynamo as dynamo  # takes a second
+
+        limits: dict[str, Any] = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS}
+        graphs, seconds = _so_far()
+        # Splitting graphs where DDP's buckets end is meant for whole models; the blocks are small enough as they are
+        with dynamo.config.patch(optimize_ddp=False, **limits):
+            try:
+                yield
+            except dynamo.exc.TorchDynamoException as error:
+                raise ValueError(
+                    f"step {step}: torch.compile failed: {_cause(error)}. --no-compile trains without it"
+                ) from error
+        graphs, seconds = (now - before for now, before in zip(_so_far(), (graphs, seconds)))
+        if graphs:
+            self.graphs, self.seconds = self.graphs + int(graphs), self.seconds + seconds
+            logger.info("step %d: compiling the towers took %.0f s: %d graphs", step, seconds, graphs)
+
+
+def blocks(tower: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules that a tower stacks: members, all of one class, of its module lists."""
+    return [block for child in tower.children() for block in (_members(child) if _stacks(child) else blocks(child))]
+
+
+def _members(stack: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a module list, whose members may themselves be stacks of blocks (stages)."""
+    return [block for member in stack.children() for block in (_inside(member) or [member])]
+
+
+def _inside(member: nn.Module) -> list[nn.Module]:
+    return _members(member) if _stacks(member) else blocks(member)
+
+
+def _stacks(module: nn.Module) -> bool:
+    """Return True for a list of modules of one class that themselves consist of modules, such as Transformer blocks."""
+    members = list(module.children())
+    listed = isinstance(module, nn.ModuleList | nn.Sequential)
+    return listed and len({type(x) for x in members}) == 1 and any(True for _ in members[0].children())
+
+
+def eager() -> Any:
+    """Return a context in which the blocks run without compilation, as for the batch sizes of a validation."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Compile a function of one line on `device`, and return why that failed, or None.
+
+    A compiler may be missing (a C++ compiler for CPUs, Triton for GPUs), or torch.compile may not support this Python.
+    """
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(_trial, **_settings(deterministic=False))(x).backward()
+    except Exception as error:  # torch's compilers raise errors of many classes
+        return _cause(error)
+    return None
+
+
+def _trial(x: torch.Tensor) -> torch.Tensor:
+    return (x.sin() * x).sum()
+
+
+def _settings(deterministic: bool) -> dict[str, Any]:
+    """Return the arguments of torch.compile. Shapes are static: see `Compilation`."""
+    settings: dict[str, Any] = {"backend": _BACKEND, "dynamic": False, "fullgraph": True}
+    if _BACKEND == "inductor":
+        options: dict[str, Any] = {"fallback_random": True}
+        if deterministic:
+            options["deterministic"] = True
+        settings["options"] = options
+    return settings
+
+
+def _so_far() -> tuple[float, float]:
+    """Return the number of graphs that this process has compiled, and the seconds that this took."""
+    from torch._dynamo import utils
+
+    return utils.counters["stats"]["unique_graphs"], sum(
+        utils.compilation_time_metrics.get("_compile.compile_inner", [])
+    )
+
+
+def _cause(error: Exception) -> str:
+    """Return the cause in torch's message: its first line, or the second below a line such as "... raised:"."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]).rstrip(".")
