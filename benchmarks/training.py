@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,9 +39,11 @@ from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from benchmarks.texts import captions, uniform
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
+from fastclip.models.config import ModelConfig
 from fastclip.models.convert import convert
 from fastclip.models.transforms import PixelNormalization
 from fastclip.training.ranks import World
+from fastclip.training.step.compiled import Compilation
 from fastclip.training.step.losses import NamedLoss, named_loss
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
@@ -129,6 +132,7 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
     loss = named_loss("clip")
     assert model.config is not None
     model.to(case.device)
+    compilation = Compilation(model) if case.device == "cuda" else None  # as `fastclip train` does
     stepper = Stepper(
         model,
         model,
@@ -143,7 +147,8 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
 
     def step() -> float:
         model.train()
-        value = stepper.step(pieces, step=0, accuracy=True).loss
+        with nullcontext() if compilation is None else compilation.of_step(0):
+            value = stepper.step(pieces, step=0, accuracy=True).loss
         if shares is not None:
             shares.finish()
         return value
@@ -151,11 +156,9 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
     return step
 
 
-def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
-    """Return one step of open_clip_train's `train_one_epoch`, with `accum_freq` as the number of micro-batches."""
+def their_model(model: DualEncoder) -> Any:
+    """Return open_clip's model with the same architecture and weights."""
     import open_clip
-    from open_clip.loss import ClipLoss
-    from open_clip_train.train import train_one_epoch
 
     with TemporaryDirectory() as folder:
         config = model.config
@@ -168,6 +171,29 @@ def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
         words = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}
         peer = open_clip.CLIP(config.embed_dim, vision_cfg=tower, text_cfg=words, output_dict=True)
         open_clip.load_checkpoint(peer, str(Path(folder) / "weights.pt"))
+    return peer
+
+
+def normalized(pieces: list[Batch], config: ModelConfig, device: str) -> list[Tensor]:
+    """Return the normalised images of each micro-batch, as open_clip's data workers hand them over.
+
+    Large batches repeat their images, which are then normalised once.
+    """
+    normalize, pinned = PixelNormalization.of(config), device == "cuda"
+    done: dict[int, Tensor] = {}  # by address
+    for images in (piece.images for piece in pieces):
+        if images.data_ptr() not in done:
+            whole = normalize(images)
+            done[images.data_ptr()] = whole.pin_memory() if pinned else whole
+    return [done[piece.images.data_ptr()] for piece in pieces]
+
+
+def theirs(case: Case, model: DualEncoder, pieces: list[Batch], *, compiled: bool = False) -> Step:
+    """Return one step of open_clip_train's `train_one_epoch`, with `accum_freq` as the number of micro-batches."""
+    from open_clip.loss import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
+    peer = their_model(model)
     peer.to(case.device)
     gain = [p for name, p in peer.named_parameters() if p.ndim < 2 or "logit_scale" in name]
     rest = [p for name, p in peer.named_parameters() if not (p.ndim < 2 or "logit_scale" in name)]
@@ -177,16 +203,9 @@ def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
     class Loader(list):  # type: ignore[type-arg]
         num_batches, num_samples = len(pieces), case.batch_size
 
-    normalize, pinned = PixelNormalization.of(config), case.device == "cuda"
-    done: dict[int, Tensor] = {}  # by address, because large batches repeat their images
-
-    def normalized(images: Tensor) -> Tensor:
-        if images.data_ptr() not in done:
-            whole = normalize(images)
-            done[images.data_ptr()] = whole.pin_memory() if pinned else whole
-        return done[images.data_ptr()]
-
-    loader = Loader((normalized(piece.images), piece.ids) for piece in pieces)
+    assert model.config is not None
+    images = normalized(pieces, model.config, case.device)
+    loader = Loader((x, piece.ids) for x, piece in zip(images, pieces))
     losses: list[float] = []
 
     class Loss(ClipLoss):  # type: ignore[misc]
@@ -213,23 +232,23 @@ def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
     )
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     loss = Loss()
+    trained = torch.compile(peer) if compiled else peer  # as --torchcompile does
 
     def step() -> float:
         losses.clear()
-        train_one_epoch(peer, data, loss, 0, optimizer, None, None, None, arguments)
+        train_one_epoch(trained, data, loss, 0, optimizer, None, None, None, arguments)
         return losses[0]
 
     return step
-
-
-PROVIDERS = {"fastclip": ours, PEER: theirs}
 
 
 def build(case: Case, provider: str, shares: Shares | None = None) -> Step:
     torch.manual_seed(0)
     model = create_model(case.model)
     pieces = pieces_of(case, model)
-    return ours(case, model, pieces, shares) if provider == "fastclip" else theirs(case, model, pieces)
+    if provider == "fastclip":
+        return ours(case, model, pieces, shares)
+    return theirs(case, model, pieces, compiled=provider == f"{PEER}_compiled")
 
 
 def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares, dict[str, float]]:
@@ -343,7 +362,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each provider (default: %(default)s)")
     parser.add_argument(
-        "--providers", default="fastclip,open_clip", help="providers, separated by commas (default: %(default)s)"
+        "--providers",
+        default="fastclip,open_clip",
+        help="of fastclip, open_clip and open_clip_compiled, separated by commas (default: %(default)s)",
     )
     parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

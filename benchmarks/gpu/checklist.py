@@ -40,7 +40,10 @@ TESTS = {  # pytest's arguments, each for less than SECONDS, ordered by what the
     "tests-gpu-large": ("tests/backends/test_gpu.py", "-k", "large"),  # its truth takes minutes
     "tests-gpu-sanitizer": ("tests/backends/test_gpu.py", "-k", "sanitizer"),
 }
-TRAINING = ("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/1024", "--rounds", "3")
+TRAINING = (
+    *("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/1024", "--rounds", "3"),
+    *("--providers", "fastclip,open_clip,open_clip_compiled"),
+)
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # determines the result of the tests
 TRANSIENT = ("not installed", "not available")  # statuses of rows that a later run may replace by figures
 LOST = "device lost"
