@@ -140,7 +140,7 @@ def test_moments_that_may_be_highest_are_kept() -> None:
     moments = [traced.Moment(*row) for row in drawn.tolist()]
     kept = traced._highest(moments)
     assert 3 < len(kept) < 60
-    every, few = (traced.Footprint(tuple(m), moments[0], (), 1, 4) for m in (moments, kept))
+    every, few = (traced.Footprint(tuple(m), moments[0], tuple, 1, 4) for m in (moments, kept))
     for pairs in (0.01, 0.3, 1, 5, 100):
         for share in (0, 1, 50):
             assert few.peak(pairs, share) == every.peak(pairs, share)
@@ -204,7 +204,7 @@ def test_kept_graphs_are_beside_each_phase(small: Plan) -> None:
     def taken(graphs: int, *, forward: int, backward: int) -> float:
         """Return the MiB per pair if a graph takes 10 of them. The loss takes less than one."""
         peak, kept, embedding = (traced.Moment(0, size * MIB, 0) for size in (backward, 10, forward))
-        found = traced.Footprint((peak,), kept, (embedding,), 256, 4)
+        found = traced.Footprint((peak,), kept, lambda: (embedding,), 256, 4)
         p = replace(small, batch_size=1024, world_size=1, footprint=found, keep_graphs=graphs)
         return (p.tensors - p.held) / (64 * MIB)
 

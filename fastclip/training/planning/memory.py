@@ -304,6 +304,7 @@ def plan(
     comm: str = "gather",
     ema: bool = False,
     device: str = "cuda",
+    measured: Footprint | None = None,
 ) -> Plan:
     """Predict the memory of a training step.
 
@@ -322,6 +323,7 @@ def plan(
         comm: "gather" or "ring", the exchange of the loss over several processes.
         ema: keep a moving average of the weights.
         device: "cuda" or "cpu", the kind of device to plan for. It need not exist on this machine.
+        measured: footprint of the model, if it is known (default: it is measured).
 
     Raises:
         ValueError: an option is invalid, both towers are locked, or the model has no configuration.
@@ -343,9 +345,11 @@ def plan(
         raise ValueError("the model has no configuration with the sizes of its inputs: build it with create_model")
     image_size, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
     pairs = ceil_div(batch_size, world_size)
+    if measured is None:
+        measured = footprint(model, image_size=image_size, context_length=length, precision=precision, device=device)
     return Plan(
         sizes=_sizes_of(model),
-        footprint=footprint(model, image_size=image_size, context_length=length, precision=precision, device=device),
+        footprint=measured,
         image_size=image_size,
         context_length=length,
         batch_size=batch_size,
