@@ -16,6 +16,7 @@ from torch import Tensor
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.system import env, machine
+from fastclip.system.rounding import ceil_div
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_of_schedule"]
@@ -27,12 +28,20 @@ _MAY_CHANGE = (
 )
 
 
-def changes(before: dict[str, Any], options: TrainOptions, source: Source, fingerprint: str) -> Iterator[str]:
-    """Yield a sentence for each difference between a checkpoint's state and this run that affects the run's results."""
+def changes(
+    before: dict[str, Any], options: TrainOptions, source: Source, fingerprint: str, *, ranks: int
+) -> Iterator[str]:
+    """Yield a sentence for each difference between a checkpoint's state and this run that affects the run's results.
+
+    Micro-batches differ only if gradient caching is used: otherwise each process has one, whatever its size.
+    """
     for name, value in asdict(options).items():
         now, then = list(value) if isinstance(value, tuple) else value, before["options"].get(name)
         if name == "data":  # two spellings of the same place are no change
             now, then = absolute_spec(options.data), absolute_spec(then or "")
+        if name == "micro_batch":
+            now = _micro_batch(now, options.batch_size, ranks)
+            then = _micro_batch(then, before["options"].get("batch_size", 0), before.get("ranks", ranks))
         if name not in _MAY_CHANGE and then != now:
             yield f"{flag(name)} was {then} and is now {now}"
     if (samples := before["samples"]) != len(source):
@@ -41,8 +50,18 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
         yield "the dataset has other names, another order or other captions: steps draw other samples than before"
 
 
+def _micro_batch(size: Any, batch_size: int, ranks: int) -> int | None:
+    return size if isinstance(size, int) and size < ceil_div(batch_size, ranks) else None
+
+
 def doubts(
-    options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
+    options: TrainOptions,
+    *,
+    samples: int,
+    ranks: int,
+    with_labels: bool,
+    resumed: bool = False,
+    chosen: bool = False,
 ) -> Iterator[str]:
     """Yield a warning for each setting with which a run learns nothing, or not what was intended.
 
@@ -52,6 +71,7 @@ def doubts(
         ranks: world size.
         with_labels: the loss treats repeats of a pair as positives.
         resumed: the run starts from the weights of a checkpoint.
+        chosen: the micro-batch was not given but chosen.
     """
     steps, warmup, lr = options.max_steps, options.warmup, options.lr
     assert steps is not None and warmup is not None and lr is not None
@@ -69,12 +89,7 @@ def doubts(
             f"--lr {lr:g} times --weight-decay {options.weight_decay:g} is so large that each step shrinks the "
             f"matrices by {away:.0%}: lower one of them"
         )
-    share, micro = options.largest_share(ranks), options.micro_batch
-    if micro is not None and options.is_cached(ranks) and (rest := share % micro):
-        yield (
-            f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has only "
-            f"{rest}, which wastes time; a batch whose share is a multiple of {micro} avoids this"
-        )
+    yield from _doubts_of_caching(options, ranks, chosen=chosen)
     if options.label_smoothing == 1:
         yield "--label-smoothing 1: every text is equally correct, so nothing is learned"
     if options.pretrained is None and not resumed:
@@ -83,6 +98,25 @@ def doubts(
                 yield f"--lock-{tower} without --pretrained: the {tower} tower keeps its random initial weights"
     if options.val_data == options.data != "digits":
         yield f"--val-data is the same as --data ({options.data}): validation measures nothing about unseen data"
+
+
+def _doubts_of_caching(options: TrainOptions, ranks: int, *, chosen: bool) -> Iterator[str]:
+    share, micro, graphs = options.largest_share(ranks), options.micro_batch, options.keep_graphs
+    if not isinstance(micro, int) or not options.is_cached(ranks):
+        if isinstance(graphs, int) and graphs > 0:
+            yield (
+                f"--keep-graphs {graphs} has no effect: all {share} pairs of a process are embedded at once, without "
+                "gradient caching"
+            )
+        return
+    if (rest := share % micro) and not chosen:
+        yield (
+            f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has only "
+            f"{rest}, which wastes time; a batch whose share is a multiple of {micro} avoids this"
+        )
+    if isinstance(graphs, int) and graphs > (count := ceil_div(share, micro)):
+        most = f"the {count} micro-batches of a process"
+        yield f"--keep-graphs {graphs} is more than {most}: as many as possible are kept"
 
 
 def doubts_of_schedule(*, warmup: int, steps: int, lr: float) -> Iterator[str]:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["OptionWords", "option_words", "parse_dataclass"]
 
@@ -30,6 +31,7 @@ _NAMED = {
     "timeout": "SECONDS",
 }
 _NAMES = ("Weights & Biases",)  # proper nouns with which a docstring begins
+_UNIONS = (Union, UnionType)
 T = TypeVar("T")
 
 
@@ -127,7 +129,10 @@ def _lowered(text: str) -> str:
 
 
 def _metavar(name: str, kind: Any) -> str | None:
-    (kind, *_) = [part for part in get_args(kind) if part is not type(None)] if type(None) in get_args(kind) else [kind]
+    kinds = [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in _UNIONS else [kind]
+    if len(kinds) > 1:
+        return "|".join("|".join(get_args(part)) or _METAVARS[part] for part in kinds[::-1])  # auto|N
+    (kind,) = kinds
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     return None if kind is bool else _NAMED.get(name) or _METAVARS[kind]

@@ -71,13 +71,14 @@ class TrainOptions:
 
     batch_size: int = 256
     """Pairs per step, summed over all processes. If the dataset has fewer, a batch spans consecutive epochs."""
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] = "auto"
     """Pairs per process whose activations are in memory at once. A value below the process's share of the batch enables
-    gradient caching, which computes the same gradients in less memory, at the cost of a second forward pass (default:
-    the whole share)."""
-    keep_graphs: int = 0
+    gradient caching, which computes the same gradients in less memory, at the cost of a second forward pass. With auto,
+    it is the whole share if memory is predicted to suffice, and otherwise the number with the least work."""
+    keep_graphs: int | Literal["auto"] = "auto"
     """Number of micro-batches per process whose activations gradient caching keeps in memory. They need no second
-    forward pass, and the gradients are the same bit for bit."""
+    forward pass, and the gradients are the same bit for bit. With auto, as many are kept as memory is predicted to
+    hold."""
     epochs: int = 32
     """Passes over the data."""
     max_bad: float = 0.01
@@ -165,13 +166,17 @@ class TrainOptions:
 
     def is_cached(self, ranks: int) -> bool:
         """Return True if a step needs gradient caching, because a process has more pairs than a micro-batch holds."""
-        return self.micro_batch is not None and self.micro_batch < self.largest_share(ranks)
+        return isinstance(self.micro_batch, int) and self.micro_batch < self.largest_share(ranks)
 
     def __post_init__(self) -> None:
         """Raise ValueError if no run can have these values."""
         for option in fields(self):
             if getattr(self, option.name) == "":  # as from a shell variable that is not set
                 raise ValueError(f"{flag(option.name)} is empty: give a value or leave it out")
+        for name in ("micro_batch", "keep_graphs"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(f"{flag(name)} must be a number or auto, got {value!r}")
         if self.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
         _check_numbers(self)
@@ -252,10 +257,11 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 
 
 def _check_numbers(options: TrainOptions | FinetuneOptions) -> None:
-    """Raise ValueError for a number outside its limits; None means the default and passes."""
+    """Raise ValueError for a number outside its limits; None, which means the default, and "auto" pass."""
     for limit, (names, holds) in _LIMITS.items():
         for name in names:
-            if (value := getattr(options, name, None)) is not None and not holds(value):
+            value = getattr(options, name, None)
+            if value is not None and value != "auto" and not holds(value):
                 raise ValueError(f"{flag(name)} must be {limit}, got {value}")
 
 

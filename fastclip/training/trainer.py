@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from fastclip.system.rounding import ceil_div
 from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
 from fastclip.training.from_options import build_loss, build_model, resolve, resolve_compile, served_by
 from fastclip.training.options import TrainOptions, write_options
+from fastclip.training.planning.choose import settle
 from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
 from fastclip.training.run.checkpoints import model_state, read_state
 from fastclip.training.run.loop import Loop, Update
@@ -137,14 +138,24 @@ class _Trainer:
             max_grad_norm=options.max_grad_norm,
             autocast=torch.bfloat16 if options.precision == "bf16" else None,
             keep_on="cpu" if options.features_on == "cpu" else None,
-            cached=options.is_cached(self.world.ranks),
-            keep_graphs=options.keep_graphs,
             normalize_pixels=PixelNormalization.of(self.config),
         )
 
+    def _choose_micro_batch(self, before: Mapping[str, Any] | None = None) -> None:
+        """Replace `--micro-batch auto` by a number, and set how a step uses gradient caching.
+
+        Args:
+            before: contents of state.json of the checkpoint from which the run resumes.
+        """
+        chosen = settle(self.options, self.model, self.world, before=before)
+        self.options = replace(self.options, micro_batch=chosen.micro_batch)
+        self._check_micro_batches(self.options)
+        self.stepper.cached, self.stepper.keep_graphs = self.options.is_cached(self.world.ranks), chosen.keep_graphs
+
     def _make_loop(self) -> Loop:
         about = {
-            "options": asdict(self.options),
+            "options": {},  # filled in by `run`, which knows the micro-batch
+            "ranks": self.world.ranks,
             "samples": len(self.source),
             "fingerprint": self.fingerprint,
             "fastclip": __version__,
@@ -175,30 +186,37 @@ class _Trainer:
         )
 
     def _check(self, options: TrainOptions) -> None:
-        B, K, ranks = options.batch_size, options.micro_batch, self.world.ranks
+        B, ranks = options.batch_size, self.world.ranks
         if ranks > B:
             raise ValueError(f"--batch-size {B} is too small for {ranks} processes: each needs at least one pair")
         if options.features_on == "cpu":
             if self.world.device.type == "cuda" and self.world.group is not None:
                 raise ValueError("--features-on cpu works with one process only: NCCL cannot exchange host memory")
-            if not options.is_cached(ranks):
+            cached = options.largest_share(ranks) > 1 if options.micro_batch == "auto" else options.is_cached(ranks)
+            if not cached:
                 raise ValueError(
                     "--features-on cpu requires gradient caching: set --micro-batch below the batch size of a process"
                 )
+        self._check_micro_batches(options)
+        file = self.folder / "metrics.jsonl"
+        if options.resume is None and file.is_file() and file.stat().st_size:  # empty if no step was made
+            raise ValueError(
+                f"--output {self.folder} already holds a run: --resume auto continues it; "
+                "choose another folder for a new run"
+            )
+
+    def _check_micro_batches(self, options: TrainOptions) -> None:
+        B, K, ranks = options.batch_size, options.micro_batch, self.world.ranks
+        if not isinstance(K, int):
+            return  # not chosen yet
         # Distinct numbers of micro-batches per process
-        counts = {ceil_div((r + 1) * B // ranks - r * B // ranks, K or B) for r in range(ranks)}
+        counts = {ceil_div((r + 1) * B // ranks - r * B // ranks, K) for r in range(ranks)}
         # Every micro-batch gathers the parameters, and all ranks must take part in each of these collectives
         if options.parallel == "fsdp" and len(counts) > 1:
             raise ValueError(
                 "--parallel fsdp needs the same number of micro-batches on every process. With --batch-size "
                 f"{B}, the {ranks} processes have {' or '.join(map(str, sorted(counts)))} micro-batches of {K}. Choose "
                 f"a --batch-size that is a multiple of {ranks}"
-            )
-        file = self.folder / "metrics.jsonl"
-        if options.resume is None and file.is_file() and file.stat().st_size:  # empty if no step was made
-            raise ValueError(
-                f"--output {self.folder} already holds a run: --resume auto continues it; "
-                "choose another folder for a new run"
             )
 
     def _check_same_data(self) -> None:
@@ -215,15 +233,24 @@ class _Trainer:
             )
 
     def run(self) -> Run:
-        options, world = self.options, self.world
+        asked, world = self.options, self.world
         loop = self._make_loop()  # not an attribute: the loop refers to this object, and a cycle keeps the model alive
-        loop.resume(options.resume, self._compare)
+        loop.resume(asked.resume, self._compare)
+        if self.options is asked:  # no checkpoint was compared
+            self._choose_micro_batch()
+        options = loop.options = self.options
+        loop.about["options"] = asdict(options)
         self.first = loop.first
         with one_for_all(world):
             if world.rank == 0:
                 write_options(options, self.folder / "config.yaml")
-        samples, with_labels = len(self.source), self.loss.with_labels
-        _warn(doubts(options, samples=samples, ranks=world.ranks, with_labels=with_labels, resumed=loop.first > 0))
+        about: dict[str, Any] = {
+            "samples": len(self.source),
+            "ranks": world.ranks,
+            "with_labels": self.loss.with_labels,
+        }
+        about |= {"resumed": loop.first > 0, "chosen": asked.micro_batch == "auto"}
+        _warn(doubts(options, **about))
         _warn(doubts_of_device(options, world.device))
         start = time.perf_counter()
         losses = loop.run()
@@ -234,7 +261,8 @@ class _Trainer:
     def _compare(self, path: Path, ended: bool) -> None:
         """Warn of changes since the checkpoint `path`, and raise ValueError if no steps are left."""
         state = read_state(path, "options", "samples")
-        changed = changes(state, self.options, self.source, self.fingerprint)
+        self._choose_micro_batch(state)
+        changed = changes(state, self.options, self.source, self.fingerprint, ranks=self.world.ranks)
         _warn(f"changed since {path}: {change}" for change in changed)
         ours = path.parent.resolve() == (self.folder / "checkpoints").resolve()
         # A finished checkpoint of this run may be resumed: the run may have died before it wrote model/
@@ -274,6 +302,8 @@ class _Trainer:
 
     def _validate(self) -> dict[str, float]:
         assert self.val_source is not None
+        micro_batch = self.options.micro_batch if self.options.is_cached(self.world.ranks) else _VALIDATION_BATCH
+        assert isinstance(micro_batch, int)
         dtype = torch.bfloat16 if self.options.precision == "bf16" else None
         if self.world.group is not None:  # each rank has its own BatchNorm statistics; rank 0's are saved
             for x in self.model.buffers():
@@ -285,7 +315,7 @@ class _Trainer:
                 self.val_source,
                 image_transform(self.config),
                 self.tokenize,
-                batch_size=self.options.micro_batch or _VALIDATION_BATCH,
+                batch_size=micro_batch,
                 workers=self.options.workers,
                 group=self.world.group,
             )

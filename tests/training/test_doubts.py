@@ -57,6 +57,16 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
             "--micro-batch 7 does not divide the 16 pairs of a process: the last micro-batch has only 2, which wastes",
         ),
         ({"micro_batch": 32}, None),
+        ({"micro_batch": 4, "keep_graphs": 4}, None),
+        (
+            {"micro_batch": 4, "keep_graphs": 5},
+            "--keep-graphs 5 is more than the 4 micro-batches of a process: as many",
+        ),
+        (
+            {"micro_batch": 16, "keep_graphs": 2},
+            "--keep-graphs 2 has no effect: all 16 pairs of a process are embedded",
+        ),
+        ({"micro_batch": 16, "keep_graphs": 0}, None),
         (
             {"weight_decay": 400.0},
             "--lr 0.0005 times --weight-decay 400 is so large that each step shrinks the matrices by 20%: lower one",

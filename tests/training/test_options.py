@@ -93,7 +93,15 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("batch_size", 0), ("micro_batch", 0), ("epochs", -1), ("max_steps", 0), ("stop_after", 0)),
+        *(
+            ("batch_size", 0),
+            ("micro_batch", 0),
+            ("micro_batch", "all"),
+            ("keep_graphs", "Auto"),
+            ("epochs", -1),
+            ("max_steps", 0),
+            ("stop_after", 0),
+        ),
         *(("log_every", 0), ("save_every", 0), ("workers", -1), ("warmup", -1), ("lr", 0.0), ("lr", float("nan"))),
         *(
             ("max_grad_norm", -1.0),

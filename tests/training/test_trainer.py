@@ -88,9 +88,11 @@ def test_run_leaves_all_its_files(tmp_path: Path) -> None:
     assert len(events) == 1 and b"train/loss" in events[0].read_bytes() and b"val/" in events[0].read_bytes()
     found = read_options(tmp_path / "config.yaml")
     assert (found.optimizer, found.lr, found.max_steps, found.warmup) == ("adamw", 5e-4, 4, 0)
+    assert (found.micro_batch, found.keep_graphs) == (B, "auto")
+    by_model = ("optimizer", "lr", "warmup", "weight_decay", "label_smoothing", "micro_batch")
     assert found == dataclasses.replace(
         options(tmp_path, val_data="digits", val_every=2, save_every=3, compile=False),
-        **{name: getattr(found, name) for name in ("optimizer", "lr", "warmup", "weight_decay", "label_smoothing")},
+        **{name: getattr(found, name) for name in by_model},
     )
 
 
@@ -277,7 +279,7 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
         ({"model": "ViT-tinny"}, "did you mean 'ViT-tiny'"),
         ({"data": "nowhere.csv"}, r"nowhere\.csv"),
         ({"backend": "abacus"}, "'abacus' is unknown"),
-        ({"features_on": "cpu"}, "requires gradient caching: set --micro-batch"),
+        ({"features_on": "cpu", "micro_batch": B}, "requires gradient caching: set --micro-batch"),
         ({"loss": "siglip", "label_smoothing": 0.1}, "no label smoothing"),
         ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
     ):

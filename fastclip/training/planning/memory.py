@@ -20,7 +20,7 @@ from fastclip.training.planning.footprint import Footprint, footprint
 from fastclip.training.planning.operations import Operations, operations_of
 from fastclip.training.ranks import fsdp_blocks
 
-__all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "plan"]
+__all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "most_graphs", "plan"]
 
 _FP32 = 4
 STATES = {"adamw": 2, "lamb": 2}  # fp32 values per trainable parameter
@@ -96,7 +96,7 @@ class Plan:
 
         With several processes the last micro-batch is always embedded again, because its pass exchanges the gradients.
         """
-        return self.micro_batches - (self.world_size > 1) if self.cached else 0
+        return most_graphs(self.batch_size, self.world_size, self.micro_batch)
 
     @property
     def kept_graphs(self) -> int:
@@ -256,11 +256,11 @@ class Plan:
         """Predicted peak in bytes: tensors and reserve."""
         return self.tensors + self.reserve
 
-    def fits(self, micro_batch: int, memory: int) -> bool:
+    def fits(self, micro_batch: int, memory: float) -> bool:
         """Return True if a step with this micro-batch fits into `memory` bytes."""
         return replace(self, micro_batch=micro_batch).total <= memory
 
-    def largest_micro_batch(self, memory: int) -> int:
+    def largest_micro_batch(self, memory: float) -> int:
         """Return the largest micro-batch with which a step fits into `memory` bytes, or 0 if none does."""
         # Tested first, because without gradient caching FSDP keeps no unsharded gradients and may need less memory
         if self.fits(self.pairs, memory):
@@ -271,7 +271,7 @@ class Plan:
             low, high = (middle, high) if self.fits(middle, memory) else (low, middle)
         return low
 
-    def largest_keep_graphs(self, memory: int) -> int:
+    def largest_keep_graphs(self, memory: float) -> int:
         """Return the largest number of graphs with which a step fits into `memory` bytes, or 0 if none fits."""
         fit, beyond = 0, self.most_graphs + 1  # `beyond` is too many
         while beyond - fit > 1:
@@ -279,7 +279,7 @@ class Plan:
             fit, beyond = (middle, beyond) if replace(self, keep_graphs=middle).total <= memory else (fit, middle)
         return fit
 
-    def even_micro_batch(self, memory: int) -> int:
+    def even_micro_batch(self, memory: float) -> int:
         """Return a convenient micro-batch that fits into `memory` bytes, or 0 if none does.
 
         It is the largest divisor of the pairs that fits, or the largest power of two if that is larger.
@@ -289,6 +289,18 @@ class Plan:
             return 0
         divisor = next(size for size in range(largest, 0, -1) if self.pairs % size == 0)
         return max(divisor, 1 << largest.bit_length() - 1)
+
+
+def most_graphs(batch_size: int, world_size: int, micro_batch: int) -> int:
+    """Return the largest number of graphs that each process of a step can keep.
+
+    It is the number of the process with the fewest pairs: if only some processes kept graphs, DistributedDataParallel
+    would wait for the others in another order of collectives, because it exchanges its buckets in the first forward
+    pass with a graph.
+    """
+    if micro_batch >= ceil_div(batch_size, world_size):
+        return 0  # no gradient caching
+    return ceil_div(batch_size // world_size, micro_batch) - (world_size > 1)
 
 
 def plan(

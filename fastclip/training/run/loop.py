@@ -162,6 +162,7 @@ class Loop:
 
     def _batches(self) -> Iterator[Sequence[Batch]]:
         options, world = self.options, self.world
+        assert not isinstance(options.micro_batch, str), "auto is replaced by a number before the first step"
         return training_batches(
             self.source,
             pixel_transform(self.config, train=True),

@@ -57,7 +57,8 @@ def cached_step(
         grad_scaler: ``torch.amp.GradScaler`` by whose scale the gradients are multiplied.
         keep_graphs: number of micro-batches, counted from the first, whose activations stay in memory after the first
             pass, so that they are embedded only once. The gradients are the same bit for bit. If a module exchanges
-            gradients (DistributedDataParallel, FSDP), the last micro-batch is always embedded again.
+            gradients (DistributedDataParallel, FSDP), the last micro-batch is always embedded again, and all ranks must
+            keep the same number of graphs.
 
     Returns:
         The loss (), detached and not scaled.
