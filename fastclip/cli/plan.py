@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.help import add_training_option, describe
 from fastclip.cli.printing import say
+
+if TYPE_CHECKING:
+    from fastclip.models import DualEncoder
+    from fastclip.training import Plan
 
 __all__ = ["add"]
 
@@ -13,10 +18,11 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Predict the memory that each process of a training run needs, the largest value of --micro-batch of "
-        "fastclip train with which it fits, and the seconds of a step. The options describe that run; no model is "
-        "loaded or trained, and no GPU is needed. --optimizer defaults to adamw for every model, while fastclip train "
-        "uses lamb for ALIGN models; both need the same memory. The exit status is 1 if the run does not fit.",
+        "Predict the memory that each process of a training run needs, the largest micro-batch with which it fits, "
+        "what fastclip train chooses for --micro-batch auto and --keep-graphs auto, and the seconds of a step. The "
+        "options describe that run; no model is loaded or trained, and no GPU is needed. --optimizer defaults to "
+        "adamw for every model, while fastclip train uses lamb for ALIGN models; both need the same memory. The "
+        "exit status is 1 if the run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
         "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
         "fastclip plan --model ViT-B-32 --batch-size 32768 --memory 140 --precision bf16 --tflops 790 --tokens 20",
@@ -31,13 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="memory of each process in GiB; a GPU sold as 80 GB reports about 79 GiB (default: the memory of the "
         "first GPU, or of this machine with --device cpu)",
     )
-    add_training_option(
-        parser,
-        "micro_batch",
-        type=int,
-        default_words="the larger of two values that fit: the largest divisor of the process's share, and the largest "
-        "power of two",
-    )
+    for name in ("micro_batch", "keep_graphs"):
+        add_training_option(parser, name, type=_auto_or_number, default="auto", default_words="auto")
     add_training_option(parser, "precision", choices=("fp32", "bf16"), default="fp32")
     add_training_option(parser, "grad_checkpointing", action="store_true")
     add_training_option(parser, "optimizer", choices=("adamw", "lamb"), default="adamw")
@@ -79,13 +80,27 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(args: argparse.Namespace) -> int:
-    from dataclasses import replace
+def _auto_or_number(text: str) -> str | int:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
+
+def _choice(p: Plan) -> str:
+    """Return what fastclip train chooses."""
+    from fastclip.training.planning.choose import SHARE
+
+    kept = f" and keeps {p.kept_graphs:,} of {p.micro_batches:,} graphs" if p.kept_graphs else ""
+    twice = max(0.0, 1 - p.kept_graphs * p.micro_batch / p.pairs)
+    return (
+        f"fastclip train chooses {p.micro_batch:,}{kept}: {twice:.0%} of the pairs are embedded twice. It uses at most "
+        f"{SHARE[p.device]:.0%} of the memory where that is enough"
+    )
+
+
+def _model(args: argparse.Namespace) -> DualEncoder:
+    """Return the model without weights, after a check of the other options."""
     from fastclip.models.factory import create_model
-    from fastclip.training import plan as predict
-    from fastclip.training.planning.report import machine_memory, readable, remedies, table
-    from fastclip.training.planning.speed import machine_rate, sentences
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
@@ -94,31 +109,53 @@ def _plan(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option} must be above 0 and at most {most:g}, got {value:g}")
     if args.lock_image and args.lock_text:
         raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
-    memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
     model = create_model(args.model, device="meta", image_size=args.image_size, context_length=args.context_length)
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.lock_image:
         model.lock_image_tower()
     if args.lock_text:
         model.lock_text_tower()
-    names = ("batch_size", "world_size", "micro_batch", "precision", "optimizer", "parallel", "comm", "ema", "device")
-    plan = predict(model, **{name: getattr(args, name) for name in names})
+    return model
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from fastclip.training import plan as predict
+    from fastclip.training.planning.choose import SHARE, choose, has_statistics
+    from fastclip.training.planning.report import machine_memory, readable, remedies, table
+    from fastclip.training.planning.speed import machine_rate, sentences
+
+    model = _model(args)
+    memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
+    names = ("batch_size", "world_size", "precision", "optimizer", "parallel", "comm", "ema", "device")
+    given = {
+        name: None if (value := getattr(args, name)) == "auto" else value for name in ("micro_batch", "keep_graphs")
+    }
+    least: dict[str, Any] = {"micro_batch": given["micro_batch"], "keep_graphs": given["keep_graphs"] or 0}
+    plan = predict(model, **{name: getattr(args, name) for name in names}, **least)
+    largest, statistics = plan.largest_micro_batch(memory), has_statistics(model)
+    limits = (SHARE[args.device] * memory, memory)
+
+    def chosen(**values: Any) -> Plan | None:
+        return next(filter(None, (choose(plan, limit, largest=statistics, **values) for limit in limits)), None)
+
     if args.tokens is not None and not 1 <= args.tokens <= plan.context_length:
         raise ValueError(f"--tokens must be from 1 to the context length {plan.context_length}, got {args.tokens:g}")
-    largest, even = plan.largest_micro_batch(memory), plan.even_micro_batch(memory)
-    if args.micro_batch is None:
-        plan = replace(plan, micro_batch=even or 1)
+    auto = chosen(keep_graphs=given["keep_graphs"])
+    plan = chosen(**given) or (plan if given["micro_batch"] else replace(plan, micro_batch=1))
 
     say(f"{args.model}, {table(plan)}\n")
-    if largest == plan.pairs:
+    if auto is not None and not auto.cached:
         print(f"all {largest:,} pairs of a process fit into {readable(memory)} at once; no gradient caching is needed")
     elif largest:
-        why = "a power of two" if plan.pairs % even else "which divides them"
         share = f"{largest:,} of a process's {plan.pairs:,} pairs"
-        print(f"largest micro-batch in {readable(memory)}: {share}; use {even:,}, {why}")
+        print(f"largest micro-batch in {readable(memory)}: {share}")
+        if auto is not None:
+            print(_choice(auto))
     else:
         helps = ", ".join(remedies(plan, grad_checkpointing=args.grad_checkpointing))
-        one = readable(replace(plan, micro_batch=1).total)
+        one = readable(replace(plan, micro_batch=1, keep_graphs=0).total)
         print(f"not even one pair at a time fits into {readable(memory)}: it takes {one}. To save memory: {helps}")
     print(
         f"on the host, each process needs {readable(plan.host)} for the images and texts of a step, and the same again "

@@ -21,6 +21,7 @@ from fastclip import create_model
 from fastclip.cli import main
 from fastclip.models import DualEncoder
 from fastclip.training import Plan, plan
+from fastclip.training.planning.choose import choose
 from fastclip.training.planning.report import table
 
 MIB, GIB = 2**20, 2**30
@@ -350,7 +351,8 @@ def test_command_plans_a_large_model(capsys: pytest.CaptureFixture[str]) -> None
     assert main(words.split()) == 0
     printed = capsys.readouterr().out
     found = parts(printed)
-    assert "427.6 M" in printed and "use 128" in printed and "micro-batch of 128," in printed
+    assert "427.6 M" in printed and "micro-batch of 128," in printed
+    assert "fastclip train chooses 128 and keeps 1 of 64 graphs: 98% of the pairs are" in printed
     assert found["parameters"] == found["gradients"] == pytest.approx(427.6e6 * 4 / GIB, abs=0.01)
     assert found["optimiser"] == pytest.approx(2 * found["parameters"], abs=0.01)
     assert 50 < found["activations"] < 60  # 0.43 GiB per pair without checkpointing
@@ -379,16 +381,40 @@ def test_command_takes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest micro-batch in 819.2 MiB" in capsys.readouterr().out
 
 
+def test_command_shows_what_a_run_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table is that of the choice, with and without given values; `choose` makes it for the run, too."""
+    words = ["plan", "--model", "ViT-tiny", "--batch-size", "8192", "--device", "cpu", "--memory", "6"]
+    p = planned("ViT-tiny", batch_size=8192)
+    best = choose(p, 3 * GIB)
+    large = choose(p, 3 * GIB, micro_batch=1024)
+    assert best is not None and 0 < best.kept_graphs < best.micro_batches and large is not None
+    for given, micro_batch, kept in (
+        ("", best.micro_batch, f"of {best.kept_graphs} of {best.micro_batches} micro-batches"),
+        ("--micro-batch 1024 --keep-graphs auto", 1024, f"of {large.kept_graphs} of 8 micro-batches"),
+        ("--micro-batch 256 --keep-graphs 3", 256, "of 3 of 32 micro-batches"),
+        ("--micro-batch 256 --keep-graphs 0", 256, None),
+    ):
+        assert main([*words, *given.split()]) == 0
+        printed = capsys.readouterr().out
+        assert f"of a micro-batch of {micro_batch:,}," in printed
+        assert kept in printed if kept else "kept graphs" not in printed
+        assert given.endswith(("3", "0")) or f"chooses {best.micro_batch} and keeps {best.kept_graphs} of" in printed
+    with pytest.raises(SystemExit):
+        main([*words, "--keep-graphs", "all"])
+    assert "argument --keep-graphs: must be a number or auto, got 'all'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--model ViT-tiny --batch-size 64 --memory 8 --keep-graphs -1", "keep_graphs must be at least 0, got -1"),
+        ("--model ViT-tiny --batch-size 64 --memory 8 --tflops 0", "--tflops must be above 0 and at most 1e+09, got 0"),
+        ("--model ViT-tiny --batch-size 64 --memory 8 --utilisation 29", "--utilisation must be above 0 and at most 1"),
+        ("--model ViT-tiny --batch-size 64 --memory 8 --tokens 78", "--tokens must be from 1 to the context length 77"),
         ("--model ViT-L-41 --batch-size 64 --memory 8", "no model is called 'ViT-L-41': did you mean"),
         ("--model ViT-tiny --batch-size 64 --memory 0", "--memory must be above 0 GiB"),
         ("--model ViT-tiny --batch-size 64 --memory inf", "--memory must be above 0 GiB"),
         ("--model ViT-tiny --batch-size 64 --memory 8 --lock-image --lock-text", "leave nothing to train"),
-        ("--model ViT-tiny --batch-size 64 --memory 8 --tflops 0", "--tflops must be above 0 and at most 1e+09, got 0"),
-        ("--model ViT-tiny --batch-size 64 --memory 8 --utilisation 29", "--utilisation must be above 0 and at most 1"),
-        ("--model ViT-tiny --batch-size 64 --memory 8 --tokens 78", "--tokens must be from 1 to the context length 77"),
         ("--model ViT-tiny --batch-size 4 --world-size 8 --memory 8", "a batch of 4 is too small for 8 processes"),
     ],
 )
