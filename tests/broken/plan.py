@@ -81,7 +81,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Model FLOP utilisation counts each pair once and no padding, over all processes; `fastclip plan` counts what runs",
+        "Model FLOP utilisation counts each pair once and no padding; `fastclip plan` counts the operations that run",
         tests=[
             "training/test_operations.py::test_operations_are_those_of_the_closed_forms",
             "training/test_operations.py::test_operations_of_bert_are_those_of_the_closed_form",
