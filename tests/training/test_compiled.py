@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -106,12 +107,23 @@ def test_more_shapes_than_torch_compiles_by_default_all_get_a_graph() -> None:
     assert compilation.graphs == 12
 
 
-def no_compiler(*_: Any) -> Any:
-    raise RuntimeError("no C++ compiler\nlong advice")
+BROKEN = """
+import torch
+from fastclip.training.step import compiled
+
+def no_compiler(*_):
+    raise RuntimeError("no C++ compiler\\nlong advice")
+
+compiled._BACKEND = no_compiler
+print(compiled.obstacle(torch.device("cpu")))
+"""
 
 
 def test_without_a_compiler_an_explicit_option_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_BACKEND", no_compiler)
+    # In a process of its own: a compilation that fails leaves traces in torch, which change the sizes of other tests
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, check=True)
+    assert "no C++ compiler" in done.stdout and "long advice" not in done.stdout
+    monkeypatch.setattr(from_options, "obstacle", lambda device: done.stdout.strip())
     options = TrainOptions(data="digits", model="ViT-tiny", output="x")
     assert resolve_compile(options, CPU).compile is False  # the default on a CPU, which needs no compiler
     with pytest.raises(ValueError, match=r"--compile: .*no C\+\+ compiler.*--no-compile trains without it"):
