@@ -124,7 +124,7 @@ def test_memory_is_a_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine, "available_bytes", lambda: 700.0)
     assert (usable_memory(cpu), usable_memory(cpu, processes=4)) == (400, 100)
     monkeypatch.setattr(machine, "available_bytes", lambda: 100.0)  # others use the rest
-    assert usable_memory(cpu) == 90
+    assert usable_memory(cpu) == usable_memory(cpu, share=1.0) == 90
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 250)
@@ -243,6 +243,17 @@ def test_too_little_memory_is_a_warning(
     assert settle(options(tmp_path), create_model("ViT-tiny", context_length=16), ALONE) == Choice(16, 0)
     (told,) = messages(caplog, logging.WARNING)
     assert "micro-batches of 16 pairs, 0 of 3 graphs kept: a step takes" in told and "of 1.0 MiB, by pred" in told
+
+
+def test_memory_that_is_not_free_is_never_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step fits into half of the memory. The other half is tried as far as it is free."""
+    model = create_model("ViT-tiny", context_length=16)
+    needed = plan(model, batch_size=48, micro_batch=1, device="cpu").total
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 1.5 * needed)
+    monkeypatch.setattr(machine, "container_bytes", lambda: math.inf)
+    for free, choice in ((1.3 * needed, Choice(48, 0)), (0.9 * needed, Choice(16, 0))):
+        monkeypatch.setattr(machine, "available_bytes", lambda free=free: free)
+        assert settle(options(tmp_path), model, ALONE) == choice
 
 
 def test_unknown_memory_is_a_warning(

@@ -105,7 +105,7 @@ def has_statistics(model: nn.Module) -> bool:
     return any(isinstance(x, nn.modules.batchnorm._BatchNorm) and x.training for x in model.train().modules())
 
 
-def usable_memory(device: torch.device, *, processes: int = 1, held: int = 0) -> float:
+def usable_memory(device: torch.device, *, processes: int = 1, held: int = 0, share: float | None = None) -> float:
     """Return the bytes that a step of this process may take, infinite if unknown.
 
     This is a share of the whole memory, so that the same run gets the same value again, unless less is free.
@@ -114,13 +114,15 @@ def usable_memory(device: torch.device, *, processes: int = 1, held: int = 0) ->
         device: device of the process.
         processes: number of processes of the run on this machine, which share the main memory.
         held: bytes that are already allocated on a GPU for the step, such as the parameters.
+        share: share of the whole memory (default: that of `SHARE`).
     """
+    share = SHARE[device.type] if share is None else share
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + held
-        return min(SHARE["cuda"] * total, free + ours)
+        return min(share * total, free + ours)
     whole = min(machine.memory_bytes(), machine.container_bytes())
-    return min(SHARE["cpu"] * whole, _FREE * machine.available_bytes()) / processes
+    return min(share * whole, _FREE * machine.available_bytes()) / processes
 
 
 def settle(
@@ -152,13 +154,13 @@ def settle(
         return _without_plan(options, world, micro_batch, keep_graphs, f"its memory cannot be planned ({error})")
 
 
-def _smallest_memory(model: DualEncoder, world: World) -> float:
+def _smallest_memory(model: DualEncoder, world: World, *, share: float | None = None) -> float:
     """Return `usable_memory` of the rank that has the least."""
     hosts = of_all_ranks(socket.gethostname(), world)
     tensors = [x.to_local() if hasattr(x, "to_local") else x for x in (*model.parameters(), *model.buffers())]
     held = sum(x.untyped_storage().nbytes() for x in tensors)
     processes = hosts.count(hosts[world.rank])
-    return min(of_all_ranks(usable_memory(world.device, processes=processes, held=held), world))
+    return min(of_all_ranks(usable_memory(world.device, processes=processes, held=held, share=share), world))
 
 
 def _alike(before: Mapping[str, Any], options: TrainOptions, world: World) -> bool:
@@ -211,8 +213,9 @@ def _planned(
         # There may not be enough memory for everything, so the exact plan is needed
         twin, measured = _exact(*built, options.grad_checkpointing, options.precision, world.device.type)
         exact = plan(twin, **known, measured=measured)
-        # If no step fits into the share of the memory, all of the memory is tried
-        chosen = choose(exact, memory, **given) or choose(exact, memory / SHARE[world.device.type], **given)
+        chosen = choose(exact, memory, **given)
+        if chosen is None:  # no step fits into the share of the memory: all that is free is tried
+            chosen = choose(exact, _smallest_memory(model, world, share=1.0), **given)
         if chosen is None:
             few = micro_batch or min(_FEW, exact.pairs)
             chosen = replace(exact, micro_batch=few, keep_graphs=keep_graphs or 0)
