@@ -95,6 +95,7 @@ class _Trainer:
         options = resolve(options, config)
         self.world, self.folder = world, output_path(options.output)
         self._check(options)  # before data and weights are loaded, which may take minutes
+        self.compile_asked = options.compile
         options = resolve_compile(options, world)
 
         self.source = open_source(options.data)
@@ -243,7 +244,8 @@ class _Trainer:
         self.first = loop.first
         with one_for_all(world):
             if world.rank == 0:
-                write_options(options, self.folder / "config.yaml")
+                # Not what the default of --compile is here: the file may be used on another machine
+                write_options(replace(options, compile=self.compile_asked), self.folder / "config.yaml")
         about: dict[str, Any] = {
             "samples": len(self.source),
             "ranks": world.ranks,

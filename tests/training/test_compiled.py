@@ -74,7 +74,7 @@ def test_compiled_run_has_the_same_losses_and_says_what_compiling_took(
         whole = run(tmp_path / "b", compile=True, val_data="digits")
     assert_near(whole.losses, plain.losses)
     assert read_options(tmp_path / "b" / "config.yaml").compile is True
-    assert read_options(tmp_path / "a" / "config.yaml").compile is False
+    assert read_options(tmp_path / "a" / "config.yaml").compile is None  # may be used on a machine with a GPU
     said = [re.search(r"step (\d+): compiling the towers took \d+ s: (\d+) graphs", r.message) for r in caplog.records]
     first, *_ = [match for match in said if match]
     # Either tower has two graphs, one for its last block and one for all others, with and without gradients, for one

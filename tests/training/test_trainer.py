@@ -91,7 +91,7 @@ def test_run_leaves_all_its_files(tmp_path: Path) -> None:
     assert (found.micro_batch, found.keep_graphs) == (B, "auto")
     by_model = ("optimizer", "lr", "warmup", "weight_decay", "label_smoothing", "micro_batch")
     assert found == dataclasses.replace(
-        options(tmp_path, val_data="digits", val_every=2, save_every=3, compile=False),
+        options(tmp_path, val_data="digits", val_every=2, save_every=3),
         **{name: getattr(found, name) for name in by_model},
     )
 
