@@ -51,6 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add_training_option(parser, "lock_image", action="store_true")
     add_training_option(parser, "lock_text", action="store_true")
+    add_training_option(parser, "patch_dropout", type=float, default=0.0)
     add_training_option(parser, "image_size", type=int, default_words="the model's")
     add_training_option(parser, "context_length", type=int, default_words="the model's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the planned run")
@@ -115,6 +116,8 @@ def _model(args: argparse.Namespace) -> DualEncoder:
         model.lock_image_tower()
     if args.lock_text:
         model.lock_text_tower()
+    if args.patch_dropout:
+        model.set_patch_dropout(args.patch_dropout)
     return model
 
 

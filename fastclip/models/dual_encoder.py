@@ -127,6 +127,23 @@ class DualEncoder(nn.Module):
         for tower in (self.visual, self.text):
             tower.set_grad_checkpointing(enable)  # type: ignore[operator]
 
+    def set_patch_dropout(self, share: float) -> None:
+        """Leave out a random share of each image's patches in training mode (FLIP, Li et al. 2023).
+
+        The class token is kept, and so is at least one patch. The weights and the saved model stay as they are.
+
+        Raises:
+            ValueError: the image tower is no ViT, or the share is not at least 0 and below 1.
+        """
+        from timm.layers import PatchDropout
+        from timm.models.vision_transformer import VisionTransformer
+
+        if not 0 <= share < 1:
+            raise ValueError(f"the share of patches to leave out must be at least 0 and below 1, got {share}")
+        if not isinstance(self.visual, VisionTransformer):
+            raise ValueError("only a ViT can leave out patches: choose a model whose name begins with ViT")
+        self.visual.patch_drop = PatchDropout(share) if share else nn.Identity()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model's weights and configuration into a folder.
 

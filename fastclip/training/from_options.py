@@ -89,6 +89,11 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
         model.lock_text_tower()
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
+    if options.patch_dropout:
+        try:
+            model.set_patch_dropout(options.patch_dropout)
+        except ValueError as error:
+            raise ValueError(f"--patch-dropout {options.patch_dropout:g}: {error}") from None
     return model.to(device)
 
 

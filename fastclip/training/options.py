@@ -116,6 +116,8 @@ class TrainOptions:
     """Freeze the image tower (LiT)."""
     lock_text: bool = False
     """Freeze the text tower."""
+    patch_dropout: float = 0.0
+    """Share of an image's patches that a ViT leaves out in training, drawn anew for each image (FLIP)."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers; bf16 uses autocast, and leaves the weights and everything else in fp32."""
@@ -188,6 +190,10 @@ class TrainOptions:
             raise ValueError(f"--betas must be at least 0 and below 1, got {self.betas}")
         if self.lock_image and self.lock_text:
             raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"--patch-dropout must be at least 0 and below 1, got {self.patch_dropout}")
+        if self.patch_dropout and self.lock_image:
+            raise ValueError("--patch-dropout has no effect on a frozen tower: leave it or --lock-image out")
         if self.val_every is not None and self.val_data is None:
             raise ValueError("--val-every needs --val-data, the data to validate on")
 

@@ -194,7 +194,7 @@ def _planned(
     keep_graphs: int | None,
 ) -> Choice:
     assert model.config is not None
-    built = (model.config, options.lock_image, options.lock_text)
+    built = (model.config, options.lock_image, options.lock_text, options.patch_dropout)
     twin, rough = _rough(*built)
     given: dict[str, Any] = {"micro_batch": micro_batch, "keep_graphs": keep_graphs}
     given |= {"largest": has_statistics(twin), "caching": options.features_on == "cpu"}
@@ -223,13 +223,15 @@ def _planned(
     return Choice(chosen.micro_batch, chosen.kept_graphs)
 
 
-def _twin(config: ModelConfig, lock_image: bool, lock_text: bool) -> DualEncoder:
+def _twin(config: ModelConfig, lock_image: bool, lock_text: bool, patch_dropout: float) -> DualEncoder:
     """Return a model of the configuration without weights."""
     twin = empty_model(config, device="meta")
     if lock_image:
         twin.lock_image_tower()
     if lock_text:
         twin.lock_text_tower()
+    if patch_dropout:
+        twin.set_patch_dropout(patch_dropout)
     return twin
 
 
@@ -237,16 +239,24 @@ def _twin(config: ModelConfig, lock_image: bool, lock_text: bool) -> DualEncoder
 
 
 @cache
-def _rough(config: ModelConfig, lock_image: bool, lock_text: bool) -> tuple[DualEncoder, Footprint]:
-    twin = _twin(config, lock_image, lock_text)
+def _rough(
+    config: ModelConfig, lock_image: bool, lock_text: bool, patch_dropout: float
+) -> tuple[DualEncoder, Footprint]:
+    twin = _twin(config, lock_image, lock_text, patch_dropout)
     return twin, rough_footprint(twin, **_sizes_of_inputs(config))
 
 
 @cache
 def _exact(
-    config: ModelConfig, lock_image: bool, lock_text: bool, checkpointing: bool, precision: str, device: str
+    config: ModelConfig,
+    lock_image: bool,
+    lock_text: bool,
+    patch_dropout: float,
+    checkpointing: bool,
+    precision: str,
+    device: str,
 ) -> tuple[DualEncoder, Footprint]:
-    twin = _twin(config, lock_image, lock_text)
+    twin = _twin(config, lock_image, lock_text, patch_dropout)
     twin.set_grad_checkpointing(checkpointing)
     return twin, footprint(twin, **_sizes_of_inputs(config), precision=precision, device=device)
 

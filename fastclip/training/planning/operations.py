@@ -98,7 +98,7 @@ def operations_of(model: DualEncoder) -> Operations:
     if model.config is None:
         raise ValueError("the model has no configuration with the sizes of its inputs: build it with create_model")
     try:
-        image, texts = _forward(model.config)
+        image, texts = _forward(model.config, _patch_dropout(model))
     except Exception as error:
         raise ValueError(f"the operations of the model cannot be counted: {error}") from error
     return Operations(
@@ -116,8 +116,12 @@ def _checkpoints(model: nn.Module) -> bool:
     return any(getattr(module, name, False) is True for module in model.modules() for name in names)
 
 
+def _patch_dropout(model: DualEncoder) -> float:
+    return float(getattr(getattr(model.visual, "patch_drop", None), "prob", 0.0))
+
+
 @cache
-def _forward(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _forward(config: ModelConfig, patch_dropout: float) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Return the operations of an image and of texts of up to three lengths, with their lengths.
 
     The towers run on fake tensors of the CPU, and not on the meta device, where transformers' BERT cannot run.
@@ -127,6 +131,9 @@ def _forward(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...]]:
 
     torch.zeros(1, requires_grad=True).sum().backward()  # before fake tensors, as in `footprint`
     model = build_model(config, device="meta").eval()
+    if patch_dropout:
+        model.set_patch_dropout(patch_dropout)
+        model.visual.patch_drop.train()
     side, longest = config.vision_cfg.image_size, config.text_cfg.context_length
     counted: list[int] = []
 
