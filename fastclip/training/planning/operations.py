@@ -133,7 +133,7 @@ def _forward(config: ModelConfig, patch_dropout: float) -> tuple[int, tuple[tupl
     model = build_model(config, device="meta").eval()
     if patch_dropout:
         model.set_patch_dropout(patch_dropout)
-        model.visual.patch_drop.train()
+        model.get_submodule("visual.patch_drop").train()
     side, longest = config.vision_cfg.image_size, config.text_cfg.context_length
     counted: list[int] = []
 
