@@ -246,7 +246,7 @@ def test_too_little_memory_is_a_warning(
 
 
 def test_memory_that_is_not_free_is_never_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step fits into half of the memory. The other half is tried as far as it is free."""
+    """If half of the memory is too small for a step, the other half is used as far as it is free."""
     model = create_model("ViT-tiny", context_length=16)
     needed = plan(model, batch_size=48, micro_batch=1, device="cpu").total
     monkeypatch.setattr(machine, "memory_bytes", lambda: 1.5 * needed)
