@@ -95,15 +95,22 @@ def footprint(
     Raises:
         ValueError: the operations depend on the number of pairs.
     """
-    # Autograd's first backward pass in a process starts a thread for each device it meets, and after that a forked
-    # process cannot run a backward pass. A first pass on the CPU alone keeps fake devices from starting a thread.
-    torch.zeros(1, requires_grad=True).sum().backward()
+    _start_autograd()
     sizes = (image_size, context_length, precision, device)
     small, large = (_run(model, pairs, *sizes) for pairs in _PAIRS)
     image = small.features[0]
     between = _moment(small.between, large.between)
     embedding = partial(_embedding, model, *sizes)
     return Footprint(_moments(small, large), between, embedding, image.shape[1], image.element_size())
+
+
+def _start_autograd() -> None:
+    """Run a backward pass on the CPU alone, so that fake devices start no threads.
+
+    Autograd's first backward pass in a process starts a thread for each device it knows, and after that a forked
+    process cannot run a backward pass.
+    """
+    torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def _embedding(model: DualEncoder, *sizes: Any) -> tuple[Moment, ...]:
@@ -129,6 +136,7 @@ def rough_footprint(model: DualEncoder, *, image_size: int, context_length: int)
         model: model on any device, without gradient checkpointing. It is left unchanged.
         image_size, context_length: as in `footprint`.
     """
+    _start_autograd()
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
