@@ -102,6 +102,7 @@ def _choice(p: Plan) -> str:
 def _model(args: argparse.Namespace) -> DualEncoder:
     """Return the model without weights, after a check of the other options."""
     from fastclip.models.factory import create_model
+    from fastclip.training.from_options import Towers
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
@@ -111,13 +112,7 @@ def _model(args: argparse.Namespace) -> DualEncoder:
     if args.lock_image and args.lock_text:
         raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
     model = create_model(args.model, device="meta", image_size=args.image_size, context_length=args.context_length)
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    if args.lock_image:
-        model.lock_image_tower()
-    if args.lock_text:
-        model.lock_text_tower()
-    if args.patch_dropout:
-        model.set_patch_dropout(args.patch_dropout)
+    Towers.of(args).prepare(model)
     return model
 
 

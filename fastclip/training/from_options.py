@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from fastclip.training.ranks import World, of_all_ranks
 from fastclip.training.step.compiled import obstacle
 from fastclip.training.step.losses import NamedLoss, named_loss
 
-__all__ = ["build_loss", "build_model", "resolve", "resolve_compile", "served_by"]
+__all__ = ["Towers", "build_loss", "build_model", "resolve", "resolve_compile", "served_by"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,38 @@ def build_loss(options: TrainOptions, world: World) -> NamedLoss:
     )
 
 
+class Towers(NamedTuple):
+    """The options of a run that change the operations and the memory of the towers."""
+
+    lock_image: bool
+    lock_text: bool
+    patch_dropout: float
+    grad_checkpointing: bool
+
+    @classmethod
+    def of(cls, options: Any) -> Towers:
+        """Take the values from the attributes of the same names."""
+        return cls(*(getattr(options, name) for name in cls._fields))
+
+    def prepare(self, model: DualEncoder) -> None:
+        """Set the towers of a model accordingly. It may be a model without weights.
+
+        Raises:
+            ValueError: the image tower has no patches to leave out.
+        """
+        if self.lock_image:
+            model.lock_image_tower()
+        if self.lock_text:
+            model.lock_text_tower()
+        if self.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if self.patch_dropout:
+            try:
+                model.set_patch_dropout(self.patch_dropout)
+            except ValueError as error:
+                raise ValueError(f"--patch-dropout {self.patch_dropout:g}: {error}") from None
+
+
 def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) -> DualEncoder:
     """Build the model on `device` with the scale and bias that `loss` needs. New weights depend only on the seed."""
     torch.manual_seed(options.seed)  # on every rank, so that all start from the same weights
@@ -83,17 +115,7 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
         model.logit_scale.requires_grad_(False).fill_(loss.init_logit_scale)
     if model.logit_bias is not None:  # DDP would wait for the gradient of a bias that the loss does not use
         model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
-    if options.lock_image:
-        model.lock_image_tower()
-    if options.lock_text:
-        model.lock_text_tower()
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if options.patch_dropout:
-        try:
-            model.set_patch_dropout(options.patch_dropout)
-        except ValueError as error:
-            raise ValueError(f"--patch-dropout {options.patch_dropout:g}: {error}") from None
+    Towers.of(options).prepare(model)
     return model.to(device)
 
 

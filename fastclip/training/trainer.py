@@ -114,7 +114,6 @@ class _Trainer:
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)
         self.validation: dict[str, float] = {}
-        # Before `wrap`, which adds hooks to the blocks
         self.compilation = Compilation(self.model, deterministic=options.deterministic) if options.compile else None
         self.stepper = self._make_stepper()
 

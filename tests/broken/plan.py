@@ -114,8 +114,8 @@ PROMISES = [
             Break(
                 "plan: gradient caching embeds once",
                 "fastclip/training/planning/speed.py",
-                old="executed = p.operations.executed(p.batch_size, tokens, again=again)",
-                new="executed = p.operations.executed(p.batch_size, tokens)",
+                old="executed = operations.executed(p.batch_size, tokens, again=again)",
+                new="executed = operations.executed(p.batch_size, tokens)",
             ),
         ],
     ),

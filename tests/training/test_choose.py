@@ -25,6 +25,7 @@ from fastclip.training.planning.choose import Choice, choose, has_statistics, se
 from fastclip.training.planning.footprint import Footprint, Moment, footprint, rough_footprint
 from fastclip.training.ranks import World
 from fastclip.training.run.checkpoints import read_state
+from support.digits_run import digits_run
 
 MIB = 2**20
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -33,9 +34,7 @@ MODELS = ("ViT-tiny", "align-tiny")
 
 
 def options(folder: Path, **changed: Any) -> TrainOptions:
-    values: dict[str, Any] = {"data": "digits", "model": "ViT-tiny", "output": str(folder), "context_length": 16}
-    values |= {"loss": "unicl", "batch_size": 48, "max_steps": 3, "workers": 0, "device": "cpu"}
-    return TrainOptions(**{**values, **changed})
+    return digits_run(folder, **{"batch_size": 48, **changed})
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:

@@ -24,6 +24,7 @@ from fastclip.training.options import read_options
 from fastclip.training.ranks import World
 from fastclip.training.step import compiled
 from fastclip.training.step.compiled import Compilation, blocks, eager
+from support.digits_run import digits_run
 
 CPU = World(0, 1, torch.device("cpu"), None)
 
@@ -36,19 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, **changed: Any) -> Run:
-    values: dict[str, Any] = {
-        "data": "digits",
-        "model": "ViT-tiny",
-        "output": str(folder),
-        "context_length": 16,
-        "loss": "unicl",
-        "batch_size": 24,
-        "micro_batch": 8,
-        "max_steps": 3,
-        "workers": 0,
-        "device": "cpu",
-    }
-    return train(TrainOptions(**{**values, **changed}))
+    return train(digits_run(folder, **{"micro_batch": 8, **changed}))
 
 
 def assert_near(ours: list[float], theirs: list[float]) -> None:

@@ -28,6 +28,7 @@ from fastclip.training.run.utilisation import Utilisation
 from fastclip.training.step.losses import named_loss
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
+from support.digits_run import digits_run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU, None)
@@ -190,17 +191,7 @@ def test_meter_gives_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(folder: Path) -> TrainOptions:
-    return TrainOptions(
-        data="digits",
-        model="ViT-tiny",
-        output=str(folder),
-        context_length=16,
-        batch_size=8,
-        max_steps=12,
-        log_every=4,
-        workers=0,
-        device="cpu",
-    )
+    return digits_run(folder, loss="clip", batch_size=8, max_steps=12, log_every=4)
 
 
 def test_run_says_its_utilisation(
@@ -221,7 +212,7 @@ def test_run_says_its_utilisation(
 def test_run_goes_on_without_utilisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(config: object) -> None:
+    def fails(*_: object) -> None:
         raise AssertionError("no such operation")
 
     monkeypatch.setattr(counting, "_forward", fails)

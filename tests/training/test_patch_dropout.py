@@ -13,15 +13,14 @@ from support import needs
 needs("train")
 
 from fastclip import create_model
-from fastclip.training import Run, TrainOptions, plan, train
+from fastclip.training import Run, plan, train
 from fastclip.training.options import read_options
 from fastclip.training.planning.operations import operations_of
+from support.digits_run import digits_run
 
 
 def run(folder: Path, **changed: Any) -> Run:
-    values: dict[str, Any] = {"data": "digits", "model": "ViT-tiny", "output": str(folder), "context_length": 16}
-    values |= {"loss": "unicl", "batch_size": 24, "max_steps": 3, "workers": 0, "device": "cpu", "patch_dropout": 0.5}
-    return train(TrainOptions(**{**values, **changed}))
+    return train(digits_run(folder, **{"patch_dropout": 0.5, **changed}))
 
 
 def test_training_sees_half_of_the_patches_and_the_class_token() -> None:

@@ -26,6 +26,7 @@ needs("train")
 
 from fastclip.models import create_model
 from fastclip.training import TrainOptions, cached_step, train
+from support.digits_run import digits_run
 
 W, STEPS = 2, 5
 # Additional options of each run. A single process with the same options has the same losses and, to rounding, the same
@@ -44,18 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def options(folder: Path, **changed: Any) -> TrainOptions:
-    values: dict[str, Any] = {
-        "data": "digits",
-        "model": "ViT-tiny",
-        "output": str(folder),
-        "context_length": 16,
-        "loss": "unicl",
-        "batch_size": 24,
-        "max_steps": STEPS,
-        "workers": 0,
-        "device": "cpu",
-    }
-    return TrainOptions(**{**values, **changed})
+    return digits_run(folder, **{"max_steps": STEPS, **changed})
 
 
 def work(rank: int, folder: Path) -> None:

@@ -68,9 +68,9 @@ def test_reasons_are_told(large: Plan) -> None:
     assert "embeds 2 of 32 micro-batches twice" in sentences(replace(large, keep_graphs=30), RATE)
     whole = sentences(replace(large, micro_batch=32768), RATE)
     assert ", because" not in whole and "limit of a step: 1.73 s, at 790 TFLOP/s" in whole
-    checkpointing = replace(large.operations, checkpointing=True)
+    checkpointing = replace(large.count_operations(), checkpointing=True)
     assert "because gradient checkpointing" in sentences(
-        replace(large, micro_batch=32768, operations=checkpointing), RATE
+        replace(large, micro_batch=32768, count_operations=lambda: checkpointing), RATE
     )
 
 

@@ -26,6 +26,7 @@ from fastclip.models import create_model, load_image_transform
 from fastclip.training import Run, TrainOptions, train
 from fastclip.training.options import read_options
 from fastclip.training.run.checkpoints import read_state
+from support.digits_run import digits_run
 from support.faulty import write_folder
 
 B = 24
@@ -36,18 +37,7 @@ METRICS = {
 
 
 def options(folder: Path, **changed: Any) -> TrainOptions:
-    values: dict[str, Any] = {
-        "data": "digits",
-        "model": "ViT-tiny",
-        "output": str(folder),
-        "context_length": 16,
-        "loss": "unicl",
-        "batch_size": B,
-        "max_steps": 4,
-        "workers": 0,
-        "device": "cpu",
-    }
-    return TrainOptions(**{**values, **changed})
+    return digits_run(folder, **{"batch_size": B, "max_steps": 4, **changed})
 
 
 def lines(run: Run) -> list[dict[str, float]]:

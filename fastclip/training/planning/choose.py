@@ -23,6 +23,7 @@ from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.dual_encoder import build_model as empty_model
 from fastclip.system import machine
 from fastclip.system.rounding import ceil_div
+from fastclip.training.from_options import Towers
 from fastclip.training.options import TrainOptions, flag
 from fastclip.training.planning.footprint import Footprint, footprint, rough_footprint
 from fastclip.training.planning.memory import Plan, most_graphs, plan
@@ -100,9 +101,10 @@ def _work(p: Plan) -> int:
     return once + p.pairs + p.micro_batches * _OVERHEAD[p.device] - kept if p.cached else once
 
 
-def has_statistics(model: nn.Module) -> bool:
-    """Return True if a trained layer normalises with statistics of the micro-batch (BatchNorm)."""
-    return any(isinstance(x, nn.modules.batchnorm._BatchNorm) and x.training for x in model.train().modules())
+def has_statistics(model: DualEncoder) -> bool:
+    """Return True if a trained tower normalises with statistics of the micro-batch (BatchNorm)."""
+    trained = [tower for tower in (model.visual, model.text) if any(p.requires_grad for p in tower.parameters())]
+    return any(isinstance(x, nn.modules.batchnorm._BatchNorm) for tower in trained for x in tower.modules())
 
 
 def usable_memory(device: torch.device, *, processes: int = 1, held: int = 0, share: float | None = None) -> float:
@@ -194,8 +196,8 @@ def _planned(
     keep_graphs: int | None,
 ) -> Choice:
     assert model.config is not None
-    built = (model.config, options.lock_image, options.lock_text, options.patch_dropout)
-    twin, rough = _rough(*built)
+    towers = Towers.of(options)
+    twin, rough = _rough(model.config, towers)
     given: dict[str, Any] = {"micro_batch": micro_batch, "keep_graphs": keep_graphs}
     given |= {"largest": has_statistics(twin), "caching": options.features_on == "cpu"}
     known: dict[str, Any] = {
@@ -211,7 +213,7 @@ def _planned(
     chosen = choose(plan(twin, **known, measured=rough), memory, **given)
     if chosen is None or (chosen.cached and (micro_batch is None or chosen.kept_graphs < chosen.most_graphs)):
         # There may not be enough memory for everything, so the exact plan is needed
-        twin, measured = _exact(*built, options.grad_checkpointing, options.precision, world.device.type)
+        twin, measured = _exact(model.config, towers, options.precision, world.device.type)
         exact = plan(twin, **known, measured=measured)
         chosen = choose(exact, memory, **given)
         if chosen is None:  # no step fits into the share of the memory: all that is free is tried
@@ -223,15 +225,10 @@ def _planned(
     return Choice(chosen.micro_batch, chosen.kept_graphs)
 
 
-def _twin(config: ModelConfig, lock_image: bool, lock_text: bool, patch_dropout: float) -> DualEncoder:
+def _twin(config: ModelConfig, towers: Towers) -> DualEncoder:
     """Return a model of the configuration without weights."""
     twin = empty_model(config, device="meta")
-    if lock_image:
-        twin.lock_image_tower()
-    if lock_text:
-        twin.lock_text_tower()
-    if patch_dropout:
-        twin.set_patch_dropout(patch_dropout)
+    towers.prepare(twin)
     return twin
 
 
@@ -239,25 +236,14 @@ def _twin(config: ModelConfig, lock_image: bool, lock_text: bool, patch_dropout:
 
 
 @cache
-def _rough(
-    config: ModelConfig, lock_image: bool, lock_text: bool, patch_dropout: float
-) -> tuple[DualEncoder, Footprint]:
-    twin = _twin(config, lock_image, lock_text, patch_dropout)
+def _rough(config: ModelConfig, towers: Towers) -> tuple[DualEncoder, Footprint]:
+    twin = _twin(config, towers._replace(grad_checkpointing=False))
     return twin, rough_footprint(twin, **_sizes_of_inputs(config))
 
 
 @cache
-def _exact(
-    config: ModelConfig,
-    lock_image: bool,
-    lock_text: bool,
-    patch_dropout: float,
-    checkpointing: bool,
-    precision: str,
-    device: str,
-) -> tuple[DualEncoder, Footprint]:
-    twin = _twin(config, lock_image, lock_text, patch_dropout)
-    twin.set_grad_checkpointing(checkpointing)
+def _exact(config: ModelConfig, towers: Towers, precision: str, device: str) -> tuple[DualEncoder, Footprint]:
+    twin = _twin(config, towers)
     return twin, footprint(twin, **_sizes_of_inputs(config), precision=precision, device=device)
 
 

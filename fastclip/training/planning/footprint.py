@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastclip.models.dual_encoder import DualEncoder
 
-__all__ = ["Footprint", "footprint", "rough_footprint"]
+__all__ = ["Footprint", "footprint", "rough_footprint", "start_autograd"]
 
 _PAIRS = (16, 32)  # any two numbers: the size of each tensor is affine in the number of pairs
 _ROUGH_PAIRS = 2  # BatchNorm refuses a single pair
@@ -95,7 +95,7 @@ def footprint(
     Raises:
         ValueError: the operations depend on the number of pairs.
     """
-    _start_autograd()
+    start_autograd()
     sizes = (image_size, context_length, precision, device)
     small, large = (_run(model, pairs, *sizes) for pairs in _PAIRS)
     image = small.features[0]
@@ -104,7 +104,7 @@ def footprint(
     return Footprint(_moments(small, large), between, embedding, image.shape[1], image.element_size())
 
 
-def _start_autograd() -> None:
+def start_autograd() -> None:
     """Run a backward pass on the CPU alone, so that fake devices start no threads.
 
     Autograd's first backward pass in a process starts a thread for each device it knows, and after that a forked
@@ -136,7 +136,7 @@ def rough_footprint(model: DualEncoder, *, image_size: int, context_length: int)
         model: model on any device, without gradient checkpointing. It is left unchanged.
         image_size, context_length: as in `footprint`.
     """
-    _start_autograd()
+    start_autograd()
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:

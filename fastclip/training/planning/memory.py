@@ -7,8 +7,9 @@ one after the other, beside the graphs that are kept. Without it, both are neede
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 
@@ -72,7 +73,7 @@ class Plan:
     ema: bool
     device: str
     workspace_limit: int  # FASTCLIP_WORKSPACE_MB, in bytes
-    operations: Operations
+    count_operations: Callable[[], Operations] = field(repr=False, compare=False)  # takes time, and memory needs none
     keep_graphs: int = 0  # micro-batches whose graphs gradient caching keeps; more than `most_graphs` are not kept
 
     @property
@@ -370,7 +371,7 @@ def plan(
         world_size=world_size,
         ema=ema,
         workspace_limit=env.workspace_bytes(device),
-        operations=operations_of(model),
+        count_operations=partial(operations_of, model),
         **given,
     )
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastclip.models.config import ModelConfig
 from fastclip.models.dual_encoder import DualEncoder, build_model
+from fastclip.training.planning.footprint import start_autograd
 
 __all__ = ["Operations", "matrix_rate", "operations_of"]
 
@@ -129,7 +130,7 @@ def _forward(config: ModelConfig, patch_dropout: float) -> tuple[int, tuple[tupl
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # slow to load
 
-    torch.zeros(1, requires_grad=True).sum().backward()  # before fake tensors, as in `footprint`
+    start_autograd()
     model = build_model(config, device="meta").eval()
     if patch_dropout:
         model.set_patch_dropout(patch_dropout)

@@ -44,8 +44,9 @@ def speed(p: Plan, rate: float, *, utilisation: float | None = None, tokens: flo
     """
     tokens = p.context_length if tokens is None else tokens
     again = max(0, p.pairs - p.kept_graphs * p.micro_batch) / p.pairs if p.cached else 0.0
-    useful = p.operations.useful(p.batch_size, tokens)
-    executed = p.operations.executed(p.batch_size, tokens, again=again)
+    operations = p.count_operations()
+    useful = operations.useful(p.batch_size, tokens)
+    executed = operations.executed(p.batch_size, tokens, again=again)
     limit = executed * p.pairs / p.batch_size / rate  # of the process that has the most pairs
     seconds = limit / (UTILISATION[p.device, p.precision][0] if utilisation is None else utilisation)
     return Speed(useful, executed, limit, seconds, p.batch_size / seconds, useful / (seconds * p.world_size * rate))
@@ -68,10 +69,11 @@ def sentences(p: Plan, rate: float | None, *, utilisation: float | None = None, 
     """Describe the operations of a step and, if `rate` is known, its seconds. The arguments are those of `speed`."""
     found = speed(p, rate or 1.0, utilisation=utilisation, tokens=tokens)
     tokens = p.context_length if tokens is None else tokens
-    image, text = _amount(p.operations.image), _amount(p.operations.text(tokens))
+    operations = p.count_operations()
+    image, text = _amount(operations.image), _amount(operations.text(tokens))
     twice = p.micro_batches - p.kept_graphs if p.cached else 0
     why = [f"gradient caching embeds {twice} of {p.micro_batches} micro-batches twice"] if twice else []
-    why += ["gradient checkpointing runs towers again"] if p.operations.checkpointing else []
+    why += ["gradient checkpointing runs towers again"] if operations.checkpointing else []
     needed = f"useful operations of a step: {_amount(found.useful)}; an image takes {image} in the forward pass, "
     needed += f"a text of {tokens:g} tokens {text}"
     because = f", because {' and '.join(why)}" if why else ""

@@ -21,7 +21,7 @@ __all__ = ["Compilation", "blocks", "eager", "obstacle"]
 
 logger = logging.getLogger(__name__)
 _BACKEND = "inductor"
-_GRAPHS = 4096  # more than the shapes of any run; beyond dynamo's own limit (8) blocks would silently run eagerly
+_GRAPHS = 4096  # more than the shapes of any run; beyond dynamo's own limit (8) a step would fail
 
 
 class Compilation:
