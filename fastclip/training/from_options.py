@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model
 from fastclip.training.options import TrainOptions
 from fastclip.training.ranks import World, of_all_ranks
-from fastclip.training.step.compiled import obstacle
 from fastclip.training.step.losses import NamedLoss, named_loss
 
 __all__ = ["Towers", "build_loss", "build_model", "resolve", "resolve_compile", "served_by"]
@@ -119,18 +119,26 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
     return model.to(device)
 
 
-def resolve_compile(options: TrainOptions, world: World) -> TrainOptions:
+def resolve_compile(
+    options: TrainOptions, world: World, obstacle: Callable[[], str | None], *, asked: bool | None
+) -> TrainOptions:
     """Return `options` with a value for --compile. All ranks get the same.
+
+    Args:
+        options: options, of which `compile` may be None.
+        world: this process and its group.
+        obstacle: function that returns why this process cannot compile, or None. It is called if --compile is wanted.
+        asked: --compile as the user gave it, or None.
 
     Raises:
         ValueError: --compile was given and a rank cannot compile.
     """
     wanted = world.device.type == "cuda" if options.compile is None else options.compile
-    obstacles = of_all_ranks(obstacle(world.device), world) if wanted else []
+    obstacles = of_all_ranks(obstacle(), world) if wanted else []
     for rank, why in enumerate(obstacles):
         if why is not None:
             message = f"torch.compile does not work here: {why}" + (f" (on rank {rank})" if world.ranks > 1 else "")
-            if options.compile:
+            if asked:
                 raise ValueError(f"--compile: {message}. --no-compile trains without it")
             logger.warning("the towers are not compiled: %s", message)
             return replace(options, compile=False)

@@ -38,7 +38,7 @@ from fastclip.training.run.checkpoints import model_state, read_state
 from fastclip.training.run.loop import Loop, Update
 from fastclip.training.run.torch_settings import settings_kept
 from fastclip.training.run.utilisation import Utilisation
-from fastclip.training.step.compiled import Compilation, eager
+from fastclip.training.step.compiled import Compilation, eager, obstacle, untraceable
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
@@ -96,7 +96,7 @@ class _Trainer:
         self.world, self.folder = world, output_path(options.output)
         self._check(options)  # before data and weights are loaded, which may take minutes
         self.compile_asked = options.compile
-        options = resolve_compile(options, world)
+        options = self._resolve_compile(options, lambda: obstacle(world.device, deterministic=options.deterministic))
 
         self.source = open_source(options.data)
         self.fingerprint = fingerprint(self.source)
@@ -114,8 +114,13 @@ class _Trainer:
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)
         self.validation: dict[str, float] = {}
-        self.compilation = Compilation(self.model, deterministic=options.deterministic) if options.compile else None
+        self.options = self._resolve_compile(self.options, lambda: untraceable(self.model))
+        deterministic = self.options.deterministic
+        self.compilation = Compilation(self.model, deterministic=deterministic) if self.options.compile else None
         self.stepper = self._make_stepper()
+
+    def _resolve_compile(self, options: TrainOptions, obstacle: Callable[[], str | None]) -> TrainOptions:
+        return resolve_compile(options, self.world, obstacle, asked=self.compile_asked)
 
     def _make_stepper(self) -> Stepper:
         options, wrapped = self.options, wrap(self.model, self.world, self.options.parallel)
@@ -139,6 +144,7 @@ class _Trainer:
             autocast=torch.bfloat16 if options.precision == "bf16" else None,
             keep_on="cpu" if options.features_on == "cpu" else None,
             normalize_pixels=PixelNormalization.of(self.config),
+            few_lengths=self.compilation is not None,
         )
 
     def _choose_micro_batch(self, before: Mapping[str, Any] | None = None) -> None:
@@ -192,7 +198,8 @@ class _Trainer:
         if options.features_on == "cpu":
             if self.world.device.type == "cuda" and self.world.group is not None:
                 raise ValueError("--features-on cpu works with one process only: NCCL cannot exchange host memory")
-            cached = options.largest_share(ranks) > 1 if options.micro_batch == "auto" else options.is_cached(ranks)
+            given = isinstance(options.micro_batch, int)
+            cached = options.is_cached(ranks) if given else options.largest_share(ranks) > 1
             if not cached:
                 raise ValueError(
                     "--features-on cpu requires gradient caching: set --micro-batch below the batch size of a process"

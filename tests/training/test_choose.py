@@ -263,8 +263,29 @@ def test_unknown_memory_is_a_warning(
     assert "the size of the memory is unknown" in messages(caplog, logging.WARNING)[0]
 
 
-def test_features_on_the_cpu_get_a_micro_batch(tmp_path: Path) -> None:
-    run = train(options(tmp_path, features_on="cpu", max_steps=1))
+def test_ranks_of_fsdp_have_equally_many_micro_batches_if_none_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 pairs at a time would be three micro-batches of 33 pairs, and two of 32."""
+    limited(monkeypatch, MIB)
+    model, pair = create_model("ViT-tiny", context_length=16), World(0, 2, torch.device("cpu"), None)
+    for parallel, size in (("ddp", 16), ("fsdp", 11)):
+        assert settle(options(tmp_path, batch_size=65, parallel=parallel), model, pair) == Choice(size, 0)
+
+
+def test_log_has_the_choice_if_all_graphs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limited(monkeypatch, 1e12)
+    caplog.set_level(logging.INFO)
+    settle(options(tmp_path, micro_batch=16), create_model("ViT-tiny", context_length=16), ALONE)
+    (told,) = messages(caplog, logging.INFO)
+    assert "--keep-graphs auto: micro-batches of 16 pairs, 3 of 3 graphs kept: a step takes at most" in told
+
+
+@pytest.mark.parametrize("auto", ["auto", None])
+def test_features_on_the_cpu_get_a_micro_batch(tmp_path: Path, auto: Any) -> None:
+    run = train(options(tmp_path, features_on="cpu", max_steps=1, micro_batch=auto))
     assert read_options(run.folder / "config.yaml").micro_batch == 24
     with pytest.raises(ValueError, match="--features-on cpu requires gradient caching"):
         train(options(tmp_path / "one", features_on="cpu", batch_size=1))

@@ -26,11 +26,12 @@ needs("train")
 
 from fastclip.models import create_model
 from fastclip.training import TrainOptions, cached_step, train
+from fastclip.training.step import compiled
 from support.digits_run import digits_run
 
 W, STEPS = 2, 5
-# Additional options of each run. A single process with the same options has the same losses and, to rounding, the same
-# model.
+# Additional options of each run. A single process with the same options, without compilation, has the same losses and,
+# to rounding, the same model.
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"val_data": "digits"},
     "ddp, micro-batches, ring": {"micro_batch": 5, "comm": "ring", "loss": "siglip"},
@@ -41,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, micro-batches": {"parallel": "fsdp", "micro_batch": 5, "ema": 0.9, "max_grad_norm": 0.5},
     "fsdp, lamb": {"parallel": "fsdp", "optimizer": "lamb", "lr": 1e-3, "grad_checkpointing": True},
     "fsdp, locked": {"parallel": "fsdp", "lock_image": True, "micro_batch": 5},
+    "ddp, compiled": {"compile": True, "micro_batch": 5, "grad_checkpointing": True},
+    "fsdp, compiled": {"compile": True, "micro_batch": 5, "parallel": "fsdp"},
 }
 
 
@@ -50,6 +53,7 @@ def options(folder: Path, **changed: Any) -> TrainOptions:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    compiled._BACKEND = "eager"  # generating code takes a minute
     join_group(rank, W, folder)
     for name, changed in CASES.items():
         run = train(options(folder / name, **changed))
@@ -126,7 +130,7 @@ def assert_near(ours: list[float], theirs: list[float]) -> None:
 def test_two_ranks_train_as_one(folder: Path, name: str, tmp_path: Path) -> None:
     (losses, validation), other = (of_rank(folder, name, rank) for rank in range(W))
     assert [losses, validation] == other  # every rank reports the whole batch
-    alone = train(options(tmp_path, **CASES[name]))
+    alone = train(options(tmp_path, **{**CASES[name], "compile": False}))
     assert_near(losses, alone.losses)
     ours, theirs = (create_model(pretrained=path / "model").state_dict() for path in (folder / name, tmp_path))
     for key, x in theirs.items():

@@ -81,13 +81,11 @@ def choose(
 def _sizes(p: Plan) -> Iterator[int]:
     """Yield the micro-batches to choose from: divisors of the pairs of a process, and powers of two."""
     fewest = p.batch_size // p.world_size  # pairs of the process that has the fewest
-    for size in range(1, p.pairs // 2 + 1):
+    for size in range(1, ceil_div(p.pairs, 2) + 1):
         # Under FSDP all processes must have equally many micro-batches
         even = not p.sharded or ceil_div(fewest, size) == ceil_div(p.pairs, size)
         if even and (p.pairs % size == 0 or size & size - 1 == 0):
             yield size
-    if p.pairs == 3:  # two pairs are more than half of them
-        yield 2
 
 
 def _with_graphs(p: Plan, memory: float, keep_graphs: int | None) -> Plan:
@@ -219,9 +217,11 @@ def _planned(
         if chosen is None:  # no step fits into the share of the memory: all that is free is tried
             chosen = choose(exact, _smallest_memory(model, world, share=1.0), **given)
         if chosen is None:
-            few = micro_batch or min(_FEW, exact.pairs)
+            few = micro_batch or max((size for size in _sizes(exact) if size <= _FEW), default=exact.pairs)
             chosen = replace(exact, micro_batch=few, keep_graphs=keep_graphs or 0)
         _log(options, chosen, memory)
+    elif chosen.cached:
+        _log(options, chosen, memory, "at most ")
     return Choice(chosen.micro_batch, chosen.kept_graphs)
 
 
@@ -251,15 +251,19 @@ def _sizes_of_inputs(config: ModelConfig) -> dict[str, int]:
     return {"image_size": config.vision_cfg.image_size, "context_length": config.text_cfg.context_length}
 
 
-def _log(options: TrainOptions, p: Plan, memory: float) -> None:
-    """Log what was chosen, with the prediction; a warning if it is more than the memory."""
+def _log(options: TrainOptions, p: Plan, memory: float, bound: str = "") -> None:
+    """Log what was chosen, with the prediction; a warning if it is more than the memory.
+
+    Args:
+        bound: words before the predicted memory, such as "at most ".
+    """
     chosen = [name for name in ("micro_batch", "keep_graphs") if getattr(options, name) in _AUTO]
     named = " ".join(f"{flag(name)} auto" for name in chosen)
     if p.cached:
         what = f"micro-batches of {p.micro_batch:,} pairs, {p.kept_graphs} of {p.micro_batches} graphs kept"
     else:
         what = f"all {p.pairs:,} pairs of a process at once"
-    words = f"{named}: {what}: a step takes {readable(p.total)} of {readable(int(memory))}"
+    words = f"{named}: {what}: a step takes {bound}{readable(p.total)} of {readable(int(memory))}"
     if p.total <= memory:
         logger.info("%s", words)
     else:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastclip.models.dual_encoder import DualEncoder
 
-__all__ = ["Compilation", "blocks", "eager", "obstacle"]
+__all__ = ["Compilation", "blocks", "eager", "obstacle", "untraceable"]
 
 logger = logging.getLogger(__name__)
 _BACKEND = "inductor"
@@ -55,10 +55,8 @@ class Compilation:
         """
         import torch._dynamo as dynamo  # takes a second
 
-        limits: dict[str, Any] = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS}
         graphs, seconds = _so_far()
-        # Splitting graphs where DDP's buckets end is meant for whole models; the blocks are small enough as they are
-        with dynamo.config.patch(optimize_ddp=False, **limits):
+        with _enough_graphs():
             try:
                 yield
             except dynamo.exc.TorchDynamoException as error:
@@ -97,16 +95,48 @@ def eager() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
-def obstacle(device: torch.device) -> str | None:
+def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None:
     """Compile a function of one line on `device`, and return why that failed, or None.
 
     A compiler may be missing (a C++ compiler for CPUs, Triton for GPUs), or torch.compile may not support this Python.
     """
+    from torch._inductor import config  # takes a second
+
+    if deterministic and not hasattr(config, "deterministic"):
+        return f"torch {torch.__version__} always chooses some kernels by their speed, which is not deterministic"
     x = torch.ones(8, device=device, requires_grad=True)
     try:
-        torch.compile(_trial, **_settings(deterministic=False))(x).backward()
+        torch.compile(_trial, **_settings(deterministic))(x).backward()
     except Exception as error:  # torch's compilers raise errors of many classes
         return _cause(error)
+    return None
+
+
+def untraceable(model: DualEncoder) -> str | None:
+    """Trace the blocks of both towers with two images and two texts, and return why that failed, or None.
+
+    A block that torch.compile cannot take as a whole is found before the data is read, in a second for each kind of
+    block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
+    """
+    assert model.config is not None
+    vision, text = model.config.vision_cfg, model.config.text_cfg
+    device = model.logit_scale.device
+    buffers = [(x, x.clone()) for x in model.buffers()]  # statistics of BatchNorm
+    stacked = [block for tower in (model.visual, model.text) for block in blocks(tower)]
+    for block in stacked:
+        block.compile(**_settings(deterministic=False, backend="eager"))
+    try:
+        with _enough_graphs():
+            model.visual(torch.zeros(2, 3, vision.image_size, vision.image_size, device=device))
+            model.text(torch.ones(2, text.context_length, dtype=torch.int64, device=device))
+    except Exception as error:  # of the compiler, and of the code that it calls
+        return _cause(error)
+    finally:
+        for block in stacked:
+            block._compiled_call_impl = None
+        with torch.no_grad():
+            for x, before in buffers:
+                x.copy_(before)
     return None
 
 
@@ -114,10 +144,21 @@ def _trial(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() * x).sum()
 
 
-def _settings(deterministic: bool) -> dict[str, Any]:
+@contextmanager
+def _enough_graphs() -> Iterator[None]:
+    """Let every shape have a graph inside the context."""
+    import torch._dynamo as dynamo
+
+    limits: dict[str, Any] = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS}
+    # Splitting graphs where DDP's buckets end is meant for whole models; the blocks are small enough as they are
+    with dynamo.config.patch(optimize_ddp=False, **limits):
+        yield
+
+
+def _settings(deterministic: bool, backend: str | None = None) -> dict[str, Any]:
     """Return the arguments of torch.compile. Shapes are static: see `Compilation`."""
-    settings: dict[str, Any] = {"backend": _BACKEND, "dynamic": False, "fullgraph": True}
-    if _BACKEND == "inductor":
+    settings: dict[str, Any] = {"backend": backend or _BACKEND, "dynamic": False, "fullgraph": True}
+    if settings["backend"] == "inductor":
         options: dict[str, Any] = {"fallback_random": True}
         if deterministic:
             options["deterministic"] = True
@@ -129,8 +170,10 @@ def _so_far() -> tuple[float, float]:
     """Return the number of graphs that this process has compiled, and the seconds that this took."""
     from torch._dynamo import utils
 
+    # The first backward pass of a graph compiles its second half
+    passes = ("_compile.compile_inner", "backward._backward_impl")
     return utils.counters["stats"]["unique_graphs"], sum(
-        utils.compilation_time_metrics.get("_compile.compile_inner", [])
+        sum(utils.compilation_time_metrics.get(name, [])) for name in passes
     )
 
 

@@ -26,8 +26,7 @@ __all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
 FAILED = 1  # exit status of a run whose checkpoint could not be written
 _STATUSES = (FAILED, *STATUSES)
 _SHOWN = 10  # names in an error
-# Tokens: tensor cores take multiples of 8, and fewer lengths need fewer compiled graphs
-_LENGTH_MULTIPLE = {"cpu": 1, "cuda": 16}
+_FEW_LENGTHS = 16  # texts are cut to multiples of this number of tokens, where few lengths are better
 # Texts of like length that the text tower takes at a time. On a CPU, groups of 32 to 64 are fastest; a GPU needs more
 # texts to be busy
 _TEXT_GROUP = {"cpu": 64, "cuda": 512}
@@ -61,6 +60,8 @@ class Stepper:
         cached: use `cached_step` for a single micro-batch, too. This is needed if other ranks have several, because
             the features of all ranks must agree on whether they require gradients.
         normalize_pixels: function applied to a micro-batch's images on the device (default: they are used as they are).
+        few_lengths: texts have few different lengths in tokens, each of which costs a compiled graph. On a GPU, whose
+            tensor cores take multiples of 8, they always have.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class Stepper:
         cached: bool = False,
         keep_graphs: int = 0,
         normalize_pixels: Callable[[Tensor], Tensor] = lambda images: images,
+        few_lengths: bool = False,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
         self.cached, self.keep_graphs, self.normalize_pixels = cached, keep_graphs, normalize_pixels
+        self._length_multiple = _FEW_LENGTHS if few_lengths or world.device.type == "cuda" else 1
         sharded = wrapped is model and world.group is not None
         # Under FSDP all ranks must call the text tower equally often, but their micro-batches may differ by a pair
         self._text_group = None if sharded else _TEXT_GROUP[world.device.type]
@@ -155,7 +158,7 @@ class Stepper:
             batches,
             self.model,
             device,
-            length_multiple=_LENGTH_MULTIPLE[device.type],
+            length_multiple=self._length_multiple,
             group=self._text_group,
         )
         labels = torch.cat([batch.labels for batch in batches])
