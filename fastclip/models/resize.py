@@ -107,7 +107,7 @@ def _native(image: Image.Image, part: Part, size: tuple[int, int], resample: int
     array: Any = image.__arrow_c_array__()[1]  # the pixels of the image, which are not copied
     cubic = resample == Image.Resampling.BICUBIC
     pixels = module.resize(array, *image.size, part, *size, cubic, columns_first)
-    return Image.frombuffer("RGB", size, pixels, "raw", "RGBX", 0, 1).convert("RGB")
+    return Image.frombytes("RGB", size, pixels, "raw", "RGBX", 0, 1)
 
 
 def _mostly_shorter(width: int, height: int, new_width: int, new_height: int) -> bool:
