@@ -85,6 +85,38 @@ def test_counting_leaves_random_numbers_and_settings(monkeypatch: pytest.MonkeyP
     counting._matrix_rate.cache_clear()  # a longer measurement is more exact
 
 
+@pytest.mark.parametrize("speed", [1e9, 3e10, 1e12, 1e15])
+@pytest.mark.parametrize("kind, promised", [("cpu", 0.1), ("cuda", 0.3)])
+def test_rate_is_measured_in_time_on_every_device(
+    monkeypatch: pytest.MonkeyPatch, kind: str, promised: float, speed: float
+) -> None:
+    """The clock counts products of a device with this speed; every wait for it takes 10 microseconds."""
+    clock, sizes = [0.0], []
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        clock[0] += 2 * len(a) ** 3 / speed
+        sizes.append(len(a))
+        return out
+
+    def now() -> float:
+        clock[0] += 5e-6
+        return clock[0]
+
+    for table in (counting._SECONDS, counting._SIZES, counting._AT_A_TIME):
+        monkeypatch.setitem(table, "cpu", table[kind])
+    counting._matrix_rate.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", multiply)
+        patch.setattr(torch, "rand", lambda rows, columns, **_: torch.empty(1).expand(rows, columns))
+        patch.setattr(torch, "empty_like", lambda x: x)
+        patch.setattr("time.perf_counter", now)
+        rate = matrix_rate(CPU, torch.float32)
+    counting._matrix_rate.cache_clear()
+    assert clock[0] < promised and 0.95 * speed < rate <= speed * (1 + 1e-9)
+    if speed == 1e15:
+        assert sizes.count(counting._SIZES[kind][1]) > 10  # a fast device is measured more than once
+
+
 def test_useful_operations_of_a_step() -> None:
     """A backward pass has twice the operations of a forward pass."""
     found, pairs = Operations(100, ((1, 11), (2, 24), (4, 56)), 8, True, True), 10

@@ -22,12 +22,11 @@ from fastclip.training.planning.footprint import start_autograd
 __all__ = ["Operations", "matrix_rate", "operations_of"]
 
 _BACKWARD = 2  # products of a backward pass for each of the forward pass: for the inputs and for the weights
-# Seconds of the measurement, and elements of a row of its matrices: a GPU is at its full rate with large ones only, and
-# on a CPU the size grows until a product takes long enough
-_SECONDS = {"cpu": 0.06, "cuda": 0.3}
-_SIZE = {"cpu": 256, "cuda": 8192}
-_LARGEST = 4096
-_AT_A_TIME = {"cpu": 1, "cuda": 10}  # products between two waits of the host for the device
+# The measurement of the rate: its seconds, and elements of a row of its first and largest matrices. Only large products
+# reach the full rate of a GPU, and on a slow device they would take too long
+_SECONDS = {"cpu": 0.06, "cuda": 0.25}
+_SIZES = {"cpu": (64, 4096), "cuda": (256, 8192)}
+_AT_A_TIME = {"cpu": 1, "cuda": 10}  # products between two waits of the host for the device, at most
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,8 @@ def _forward(config: ModelConfig, patch_dropout: float) -> tuple[int, tuple[tupl
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure how many operations per second products of large square matrices reach on `device`.
 
-    It takes less than 0.1 s on a CPU and 0.3 s on a GPU, once in a process for each dtype and number of threads.
-    torch's random state stays as it is.
+    It takes less than 0.1 s on a CPU and 0.3 s on a GPU, and the time in which torch loads its kernels, once in a
+    process for each dtype and number of threads. torch's random state stays as it is.
     """
     return _matrix_rate(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
@@ -169,24 +168,29 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int, precisi
     def factor(size: int) -> torch.Tensor:  # with random numbers, because a GPU multiplies constants faster
         return torch.rand(size, size, generator=generator, device=device).to(dtype)
 
-    def seconds(a: torch.Tensor, product: torch.Tensor) -> float:
+    def seconds(count: int) -> float:
         begin = time.perf_counter()
-        for _ in range(_AT_A_TIME[kind]):
+        for _ in range(count):
             torch.mm(a, a, out=product)
         if kind == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    size, best = _SIZE[kind], 0.0
+    size, largest = _SIZES[kind]
     a = factor(size)
     product = torch.empty_like(a)
-    seconds(a, product)  # libraries load their kernels
+    seconds(1)  # libraries load their kernels
+    best, count, expected = 0.0, 1, 0.0
     end = time.perf_counter() + _SECONDS[kind]
-    while best == 0 or time.perf_counter() < end:
-        taken = seconds(a, product)
-        best = max(best, _AT_A_TIME[kind] * 2 * size**3 / taken)
-        if kind == "cpu" and taken < _SECONDS[kind] / 8 and size < _LARGEST:
-            size *= 2
+    while best == 0 or time.perf_counter() + expected < end:
+        one = seconds(count) / count
+        best = max(best, 2 * size**3 / one)
+        left = end - time.perf_counter()
+        if size < largest and 16 * one < left:  # twice the size takes eight times as long, and at most half of the rest
+            size, count, one = 2 * size, 1, 8 * one
             a = factor(size)
             product = torch.empty_like(a)
+        else:
+            count = max(1, min(_AT_A_TIME[kind], int(left / 4 / one)))
+        expected = count * one
     return best
