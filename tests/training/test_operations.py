@@ -222,8 +222,23 @@ def test_meter_gives_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.read() == {"samples_per_second": 4.0, "data_wait": 0.0, "mfu": 0.25}
 
 
+def test_utilisation_leaves_out_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reading covers steps of the warm-up too: its throughput has them, and its utilisation does not."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    meter = Meter(8, lambda *of: asked.append(of))
+    for step in range(100):
+        clock[0] += 10 if step < 10 else 2
+        meter.stepped(tokens=100 if step < 10 else 50)
+        with meter.paused():
+            clock[0] += 7
+        if step in (49, 99):
+            assert meter.read()["samples_per_second"] == pytest.approx(50 * 8 / (180 if step == 49 else 100))
+    assert asked == [(40, 40 * 50, 80.0), (50, 50 * 50, 100.0)]
+
+
 def options(folder: Path) -> TrainOptions:
-    return digits_run(folder, loss="clip", batch_size=8, max_steps=12, log_every=4)
+    return digits_run(folder, loss="clip", batch_size=8, max_steps=12, log_every=5)
 
 
 def test_run_says_its_utilisation(

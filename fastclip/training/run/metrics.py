@@ -95,7 +95,7 @@ class Meter:
     Args:
         batch_size: pairs of all processes in a step.
         utilisation: function of steps, tokens of their texts and seconds that returns the model FLOP utilisation, or
-            None if it is not known. It is called in `read`, after the first ten steps.
+            None if it is not known. It is called in `read`, without the first ten steps.
     """
 
     def __init__(
@@ -107,12 +107,15 @@ class Meter:
 
     def _begin(self) -> None:
         self._waited, self._steps, self._tokens, self._since = 0.0, 0, 0, time.perf_counter()
+        self._warm_up = (0, 0, 0.0)  # steps, tokens and seconds of these that are not of the utilisation
 
     def stepped(self, tokens: int = 0) -> None:
         """Count one step, with `tokens` of all texts."""
         self._steps += 1
         self._total += 1
         self._tokens += tokens
+        if self._total <= _WARM_UP:
+            self._warm_up = (self._steps, self._tokens, time.perf_counter() - self._since)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -131,12 +134,16 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return samples per second, the share of time spent waiting for data and the model FLOP utilisation.
 
-        All are of the time since the last call. The utilisation is left out if it is not known.
+        All are of the time since the last call. The utilisation leaves out the first ten steps of the process, and has
+        no value if they are all or if it is not known.
         """
         seconds = time.perf_counter() - self._since
         rates = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
-        if self._total > _WARM_UP and (share := self._utilisation(self._steps, self._tokens, seconds)) is not None:
-            rates["mfu"] = share
+        steps, tokens, warm_up = self._warm_up
+        if self._steps > steps:
+            share = self._utilisation(self._steps - steps, self._tokens - tokens, seconds - warm_up)
+            if share is not None:
+                rates["mfu"] = share
         self._begin()  # the first call of `utilisation` takes time, which is excluded
         return rates
 
