@@ -181,10 +181,8 @@ def test_largest_micro_batch_is_the_largest(small: Plan, options: dict[str, Any]
             assert replace(p, micro_batch=largest).total <= memory
             continue
         assert totals[largest - 1] <= memory < totals[largest]
-        even = p.even_micro_batch(memory)
-        assert 2 * even > largest >= even and (p.pairs % even == 0 or even & even - 1 == 0)
-    assert p.largest_micro_batch(totals[0] - 1) == p.even_micro_batch(totals[0] - 1) == 0
-    assert p.largest_micro_batch(totals[-1] * 2) == p.even_micro_batch(totals[-1] * 2) == p.pairs
+    assert p.largest_micro_batch(totals[0] - 1) == 0
+    assert p.largest_micro_batch(totals[-1] * 2) == p.pairs
 
 
 def test_largest_number_of_graphs_is_the_largest(small: Plan) -> None:

@@ -280,17 +280,6 @@ class Plan:
             fit, beyond = (middle, beyond) if replace(self, keep_graphs=middle).total <= memory else (fit, middle)
         return fit
 
-    def even_micro_batch(self, memory: float) -> int:
-        """Return a convenient micro-batch that fits into `memory` bytes, or 0 if none does.
-
-        It is the largest divisor of the pairs that fits, or the largest power of two if that is larger.
-        """
-        largest = self.largest_micro_batch(memory)
-        if largest == 0:
-            return 0
-        divisor = next(size for size in range(largest, 0, -1) if self.pairs % size == 0)
-        return max(divisor, 1 << largest.bit_length() - 1)
-
 
 def most_graphs(batch_size: int, world_size: int, micro_batch: int) -> int:
     """Return the largest number of graphs that each process of a step can keep.
