@@ -28,7 +28,7 @@ double bilinear(double x) {
 }
 
 // Returns false if a coefficient does not fit, or if the input has fewer pixels than there are taps. This file is
-// compiled without fused multiply-add, which would round the coefficients differently.
+// compiled with -ffp-contract=off: fused multiply-adds would round the coefficients differently.
 bool axis_of(int64_t in_size, int64_t out_size, bool cubic, ResizeAxis* axis) {
   const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
   const double filter_scale = std::max(scale, 1.0);

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -50,3 +53,21 @@ def test_native_code(sanitize: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = set(re.findall(r"(\w+) \.+ +Passed", done.stdout))
     assert passed == groups() and len(passed) >= 10, "a group of test_cpu.cpp is not registered with CTest"
+
+
+@pytest.mark.skipif(not CAN_BUILD, reason=REASON)
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="resizing needs an x86 processor")
+def test_resizing_has_no_fused_multiply_adds(tmp_path: Path) -> None:
+    """They would round differently from Pillow, and a compiler inserts them if a user's CXXFLAGS allow it."""
+    options = {"FASTCLIP_BUILD_PYTHON": "OFF", "CMAKE_CXX_FLAGS": "-mavx2 -mfma", "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
+    done = run("cmake", "-S", ROOT, "-B", tmp_path, *(f"-D{k}={v}" for k, v in options.items()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((tmp_path / "compile_commands.json").read_text())
+    commands = {Path(entry["file"]).name: shlex.split(entry["command"]) for entry in entries}
+    assert "-mavx2" in commands["resize_avx2.cpp"][commands["resize_avx2.cpp"].index("-O3") :]
+    for name in ("resize.cpp", "resize_avx2.cpp"):
+        command = [word for word in commands[name] if word != "-c"]
+        command[command.index("-o") + 1] = str(tmp_path / "assembly")
+        done = run(*command, "-S")
+        assert done.returncode == 0, done.stderr
+        assert not re.search(r"\bvfn?m(add|sub)", (tmp_path / "assembly").read_text()), name
