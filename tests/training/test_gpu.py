@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from support import needs
 needs("train")
 
 from fastclip import contrastive_loss
+from fastclip.data.batch import Batch
+from fastclip.models import create_model
 from fastclip.training import Run, TrainOptions, cached_step, train
+from fastclip.training.ranks import World
+from fastclip.training.step.losses import named_loss
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import build_optimizer
+from fastclip.training.step.update import Stepper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,3 +90,41 @@ def test_dropout_on_the_gpu_is_replayed_where_the_arguments_are_on_the_host() ->
 
     cached_step(forward, [(part,) for part in x.split(16)], contrastive_loss, modules=[tower])
     assert len(masks) == 8 and all(torch.equal(a, b) for a, b in zip(masks[:4], masks[4:]))
+
+
+# Steps with LAMB wait a second time: it cannot skip an update on the device, so that the scale is read after the update
+@pytest.mark.parametrize(("optimizer", "waits"), [("adamw", 1), ("lamb", 2)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_host_waits_once_in_a_step(optimizer: str, waits: int, parts: int) -> None:
+    """torch warns about every call that makes the host wait for the device."""
+    device, pairs = torch.device("cuda"), 32
+    model = create_model("ViT-tiny", context_length=16, device=device).train()
+    step = Stepper(
+        model,
+        model,
+        named_loss("clip"),
+        build_optimizer(optimizer, model, lr=1e-3, weight_decay=0.1),
+        World(0, 1, device, None),
+        ema=MovingAverage(model, 0.9),
+        max_grad_norm=0.5,
+        autocast=torch.bfloat16,
+    ).step
+    size = pairs // parts
+    batches = []
+    for _ in range(parts):  # in pinned memory, as the trainer has them
+        ids = torch.randint(1, 400, (size, 16)).pin_memory()
+        images, labels = torch.randn(size, 3, 32, 32).pin_memory(), torch.arange(size).pin_memory()
+        batches.append(Batch(images, ids, labels, tuple(map(str, range(size)))))
+    for k in range(3):  # kernels are compiled and states are made
+        step(batches, step=k)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for k in range(3, 7):
+                step(batches, step=k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    told = [one for one in caught if "synchronizing" in str(one.message)]
+    assert len(told) == 4 * waits, "\n".join(f"{one.filename}:{one.lineno}" for one in told)

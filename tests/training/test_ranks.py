@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import fastclip
 from fastclip.parity.promised import LOSS
@@ -26,7 +27,10 @@ needs("train")
 
 from fastclip.models import create_model
 from fastclip.training import TrainOptions, cached_step, train
+from fastclip.training.ranks import World, wrap
 from fastclip.training.step import compiled
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import build_optimizer
 from support.digits_run import digits_run
 
 W, STEPS = 2, 5
@@ -69,8 +73,30 @@ def work(rank: int, folder: Path) -> None:
         train(options(folder / "counts", parallel="fsdp", batch_size=25, micro_batch=12))
     except ValueError as error:
         (folder / f"counts {rank}.json").write_text(json.dumps(str(error)))
+    (folder / f"lamb {rank}.json").write_text(json.dumps(lamb_of_shards(rank)))
     (folder / f"reads {rank}.json").write_text(json.dumps(reads_a_shard()))
     dist.destroy_process_group()
+
+
+def lamb_of_shards(rank: int) -> float:
+    """Return how far LAMB that processes all shards together, as on a GPU, is from one that takes them one by one."""
+    ends = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = create_model("ViT-tiny", context_length=16)
+        wrap(model, World(rank, W, torch.device("cpu"), dist.group.WORLD), "fsdp")
+        optimizer = build_optimizer("lamb", model, lr=1e-2, weight_decay=0.1)
+        average = MovingAverage(model, 0.9)
+        for group in optimizer.param_groups:
+            group["foreach"] = together
+        for k in range(5):
+            for p in model.parameters():
+                p.grad = (p.detach() + k).cos()
+            optimizer.step()
+            average.update()
+        average.swap()
+        ends.append([p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()])
+    return max(float((a - b).detach().norm() / (a.detach().norm() + 1e-6)) for a, b in zip(*ends))
 
 
 def reads_a_shard() -> str:
@@ -174,6 +200,10 @@ def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
     for rank in range(W):
         told = of_rank(folder, "reads", rank)
         assert told.startswith("loss directly reads the parameter bias, which FSDP has sharded")
+
+
+def test_lamb_of_shards_takes_them_together(folder: Path) -> None:
+    assert max(of_rank(folder, "lamb", rank) for rank in range(W)) < 1e-5
 
 
 def _sees(rank: int, folder: Path) -> None:

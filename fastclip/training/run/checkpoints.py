@@ -197,7 +197,8 @@ def load_checkpoint(
     """Load a checkpoint into the model, the optimiser and the moving average, and return the number of updates made.
 
     Every rank must call this function. Learning rates come from the checkpoint, but weight decay, betas and eps stay
-    those of `optimizer`, so that options changed on resume take effect.
+    those of `optimizer`, so that options changed on resume take effect. Whether it processes tensors together
+    stays, too, because that depends on the device.
 
     Raises:
         ValueError: the checkpoint belongs to another model or optimiser. The message has the first names that differ.
@@ -219,7 +220,8 @@ def load_checkpoint(
         parameter, _, key = name.rpartition("|")
         values.setdefault(parameter, {})[key] = tensor
     whole = {"state": values, "param_groups": state["param_groups"]}
-    asked = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    kept = ("weight_decay", "betas", "eps", "foreach")
+    asked = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         sharded.set_optimizer_state_dict(
             model, optimizer, whole, options=sharded.StateDictOptions(full_state_dict=True)

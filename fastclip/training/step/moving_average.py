@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["MovingAverage"]
 
@@ -30,8 +31,15 @@ class MovingAverage:
         """Move the averages towards the current weights. Call it once after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        kinds: dict[
+            type, tuple[list[Tensor], list[Tensor]]
+        ] = {}  # torch cannot process plain and sharded ones together
         for average, p in zip(self.averages, self._parameters):
-            average.lerp_(p, 1 - decay)
+            averages, weights = kinds.setdefault(type(average), ([], []))
+            averages.append(average)
+            weights.append(p)
+        for averages, weights in kinds.values():
+            get_ema_multi_avg_fn(decay)(averages, weights, self.updates)
 
     @torch.no_grad()
     def swap(self) -> None:

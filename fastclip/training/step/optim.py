@@ -53,6 +53,7 @@ def build_optimizer(
 
     Args:
         name: "adamw", torch's fused AdamW, or "lamb" (You et al. 2020), timm's LAMB without its gradient clipping.
+            On a GPU both process all tensors of a group together, LAMB with timm 1.0.31 or newer.
         model: model whose trainable parameters are optimised, grouped by `parameter_groups`.
 
     Raises:
@@ -62,6 +63,10 @@ def build_optimizer(
     if name == "lamb":
         from timm.optim.lamb import Lamb
 
+        # By default, timm processes FSDP's tensors one by one, also on a GPU. On a CPU, tensors that are processed
+        # together only take more memory. An older timm ignores this entry of a group
+        together = next(model.parameters()).device.type == "cuda"
+        groups = [{**group, "foreach": together} for group in groups]
         return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)  # `clip_gradients` does the clipping
     if name != "adamw":
         raise ValueError(f"unknown optimiser {name!r}: choose adamw or lamb")
