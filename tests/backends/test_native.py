@@ -58,7 +58,7 @@ def test_native_code(sanitize: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not CAN_BUILD, reason=REASON)
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="resizing needs an x86 processor")
 def test_resizing_has_no_fused_multiply_adds(tmp_path: Path) -> None:
-    """They would round differently from Pillow, and a compiler inserts them if a user's CXXFLAGS allow it."""
+    """Fused multiply-adds round differently from Pillow, and a compiler inserts them if a user's CXXFLAGS allow it."""
     options = {"FASTCLIP_BUILD_PYTHON": "OFF", "CMAKE_CXX_FLAGS": "-mavx2 -mfma", "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
     done = run("cmake", "-S", ROOT, "-B", tmp_path, *(f"-D{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stdout + done.stderr
