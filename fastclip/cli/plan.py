@@ -21,8 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Predict the memory that each process of a training run needs, the largest micro-batch with which it fits, "
         "what fastclip train chooses for --micro-batch auto and --keep-graphs auto, and the seconds of a step. The "
         "options describe that run; no model is loaded or trained, and no GPU is needed. --optimizer defaults to "
-        "adamw for every model, while fastclip train uses lamb for ALIGN models; both need the same memory. The "
-        "exit status is 1 if the run does not fit.",
+        "adamw for every model, while fastclip train uses lamb for ALIGN models. Its update takes more memory on a "
+        "GPU, which matters if micro-batches are small. The exit status is 1 if the run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
         "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
         "fastclip plan --model ViT-B-32 --batch-size 32768 --memory 140 --precision bf16 --tflops 790 --tokens 20",

@@ -98,6 +98,9 @@ def test_states_are_of_the_models_parameters(lock: bool) -> None:
     assert found.parameters == 4 * numbers + sum(x.numel() * x.element_size() for x in model.buffers())
     assert (found.gradients, found.optimizer_states, found.average) == (4 * trained, 8 * trained, 4 * trained)
     assert replace(found, optimizer="lamb").optimizer_states == 8 * trained
+    gpu = plan(model, batch_size=2, ema=True, device="cuda", optimizer="lamb")  # the update takes more than two pairs
+    assert gpu.tensors - gpu.held == 4 * trained + 8 * trained
+    assert replace(gpu, optimizer="adamw").update == replace(found, optimizer="lamb").update == 0
     assert found.total - replace(found, ema=False).total == pytest.approx(4 * trained * 1.05, abs=1)
 
 

@@ -165,6 +165,11 @@ class Plan:
         return STATES[self.optimizer] * self._share(self.sizes.trainable)
 
     @property
+    def update(self) -> int:
+        """Bytes that the optimiser takes while it runs. On a GPU, LAMB computes two values for each weight at once."""
+        return 2 * self._share(self.sizes.trainable) if (self.optimizer, self.device) == ("lamb", "cuda") else 0
+
+    @property
     def average(self) -> int:
         """Bytes of the moving average of the trainable weights (EMA)."""
         return self._share(self.sizes.trainable) if self.ema else 0
@@ -245,7 +250,8 @@ class Plan:
             highest += self.graphs - self.footprint.kept(self.micro_batch)
             if self.kept_graphs < self.micro_batches:
                 highest = max(highest, self.graphs + self.footprint.embedding_peak(self.micro_batch))
-        return self.held + max(highest, kept + self.loss, 0 if self.gradients_stay else self.gradients)
+        update = self.update + (0 if self.gradients_stay else self.gradients)
+        return self.held + max(highest, kept + self.loss, update)
 
     @property
     def reserve(self) -> int:
