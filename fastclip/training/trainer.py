@@ -109,7 +109,7 @@ class _Trainer:
 
         self.backend = served_by(self.options, world.device)
         self.loss = build_loss(self.options, world)
-        self.model = build_model(self.options, self.loss, world.device)
+        self.model = build_model(self.options, self.loss, world)
         assert self.model.config is not None
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)

@@ -231,6 +231,10 @@ def load_checkpoint(
             f"{path} was written with another optimiser or other frozen parameters ({error}): give the --optimizer, "
             "--lock-image and --lock-text of that run, or start a new run"
         ) from error
+    for p, of_parameter in optimizer.state.items():  # fused optimisers read all tensors in the order of the parameter
+        for key, x in of_parameter.items():
+            if x.shape == p.shape and x.stride() != p.stride():
+                of_parameter[key] = torch.empty_like(p).copy_(x)
     for group, options in zip(optimizer.param_groups, asked):  # options of this run, which may have changed
         group.update(options)
     return int(state["step"])
