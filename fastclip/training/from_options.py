@@ -126,7 +126,7 @@ def build_model(options: TrainOptions, loss: NamedLoss, world: World) -> DualEnc
     # contiguous parameters only (torch 2.14)
     sharded = options.parallel == "fsdp" and world.group is not None
     if isinstance(model.config.vision_cfg, _CONVOLUTIONAL) and not sharded:
-        model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.visual.to(memory_format=torch.channels_last)
     return model.to(world.device)
 
 
