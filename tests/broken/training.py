@@ -159,6 +159,31 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
+        "Convolutional towers train in channels-last order, except under FSDP, and resume to the same bits",
+        tests=["training/test_memory_format.py"],
+        breaks=[
+            Break(
+                "order: weights stay as they are",
+                "fastclip/training/from_options.py",
+                old="memory_format=torch.channels_last",
+                new="memory_format=torch.preserve_format",
+            ),
+            Break(
+                "order: FSDP gets weights that it cannot shard",
+                "fastclip/training/from_options.py",
+                old="_CONVOLUTIONAL) and not sharded",
+                new="_CONVOLUTIONAL)",
+            ),
+            Break(
+                "order: the optimiser's state loses it at a resume",
+                "fastclip/training/run/checkpoints.py",
+                old="of_parameter[key] = torch.empty_like(p).copy_(x)",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
         "A loss or gradient that is not finite ends the run before the update, with an error that names step "
         "and samples",
         tests=[
