@@ -160,7 +160,11 @@ PROMISES = [
     Promise(
         TRAINING,
         "Convolutional towers train in channels-last order, except under FSDP, and resume to the same bits",
-        tests=["training/test_memory_format.py"],
+        tests=[
+            "training/test_memory_format.py::test_only_convolutional_towers_are_channels_last",
+            "training/test_memory_format.py::test_resumed_run_has_the_same_bits_and_order",
+            "training/test_memory_format.py::test_wrapped_run_trains_without_warnings_of_layouts",
+        ],
         breaks=[
             Break(
                 "order: weights stay as they are",
