@@ -99,8 +99,8 @@ PROMISES = [
             Break(
                 "pixels: batches are in channels-last order",
                 "fastclip/models/transforms.py",
-                old=".permute(2, 0, 1).contiguous()",
-                new=".permute(2, 0, 1)",
+                old=".view(3, image.height, image.width)",
+                new=".view(3, image.height, image.width).permute(1, 2, 0).contiguous().permute(2, 0, 1)",
             ),
             Break(
                 "pixels: a step forgets to normalise",

@@ -31,9 +31,8 @@ class MovingAverage:
         """Move the averages towards the current weights. Call it once after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        kinds: dict[
-            type, tuple[list[Tensor], list[Tensor]]
-        ] = {}  # torch cannot process plain and sharded ones together
+        # torch cannot process plain and sharded tensors together
+        kinds: dict[type, tuple[list[Tensor], list[Tensor]]] = {}
         for average, p in zip(self.averages, self._parameters):
             averages, weights = kinds.setdefault(type(average), ([], []))
             averages.append(average)
