@@ -42,6 +42,7 @@ from fastclip.models import DualEncoder, create_model
 from fastclip.models.config import ModelConfig
 from fastclip.models.convert import convert
 from fastclip.models.transforms import PixelNormalization
+from fastclip.training.from_options import placed
 from fastclip.training.ranks import World
 from fastclip.training.step.compiled import Compilation
 from fastclip.training.step.losses import NamedLoss, named_loss
@@ -131,7 +132,7 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
     """Return a step of `fastclip train`, including the accuracy that it computes."""
     loss = named_loss("clip")
     assert model.config is not None
-    model.to(case.device)
+    placed(model, torch.device(case.device))
     compilation = Compilation(model) if case.device == "cuda" else None  # as `fastclip train` does
     stepper = Stepper(
         model,

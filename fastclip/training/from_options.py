@@ -17,7 +17,7 @@ from fastclip.training.options import TrainOptions
 from fastclip.training.ranks import World, of_all_ranks
 from fastclip.training.step.losses import NamedLoss, named_loss
 
-__all__ = ["Towers", "build_loss", "build_model", "resolve", "resolve_compile", "served_by"]
+__all__ = ["Towers", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by"]
 
 logger = logging.getLogger(__name__)
 _CONVOLUTIONAL = (ResNetConfig, EfficientNetConfig)  # other towers only embed and merge patches by convolutions
@@ -103,8 +103,7 @@ class Towers(NamedTuple):
 def build_model(options: TrainOptions, loss: NamedLoss, world: World) -> DualEncoder:
     """Build the model on a rank's device with the scale and bias that `loss` needs.
 
-    New weights depend only on the seed. The weights of a ResNet or an EfficientNet are in channels-last order, except
-    under FSDP.
+    New weights depend only on the seed.
     """
     torch.manual_seed(options.seed)  # on every rank, so that all start from the same weights
     model = create_model(
@@ -121,13 +120,20 @@ def build_model(options: TrainOptions, loss: NamedLoss, world: World) -> DualEnc
     if model.logit_bias is not None:  # DDP would wait for the gradient of a bias that the loss does not use
         model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
     Towers.of(options).prepare(model)
-    assert model.config is not None
-    # Convolutions are faster in this order, and the activations take on the order of the weights. FSDP2 shards
-    # contiguous parameters only (torch 2.14)
-    sharded = options.parallel == "fsdp" and world.group is not None
-    if isinstance(model.config.vision_cfg, _CONVOLUTIONAL) and not sharded:
+    # FSDP2 shards contiguous parameters only (torch 2.14)
+    return placed(model, world.device, convolutions=options.parallel != "fsdp" or world.group is None)
+
+
+def placed(model: DualEncoder, device: torch.device, *, convolutions: bool = True) -> DualEncoder:
+    """Move a model to the device on which it is trained, and return it.
+
+    Args:
+        convolutions: bring the weights of a ResNet or an EfficientNet into channels-last order. Convolutions are faster
+            in it, and the activations take on the order of the weights.
+    """
+    if convolutions and model.config is not None and isinstance(model.config.vision_cfg, _CONVOLUTIONAL):
         model.visual.to(memory_format=torch.channels_last)
-    return model.to(world.device)
+    return model.to(device)
 
 
 def resolve_compile(

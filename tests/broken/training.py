@@ -175,8 +175,8 @@ PROMISES = [
             Break(
                 "order: FSDP gets weights that it cannot shard",
                 "fastclip/training/from_options.py",
-                old="_CONVOLUTIONAL) and not sharded",
-                new="_CONVOLUTIONAL)",
+                old='convolutions=options.parallel != "fsdp" or world.group is None',
+                new="convolutions=True",
             ),
             Break(
                 "order: the optimiser's state loses it at a resume",
