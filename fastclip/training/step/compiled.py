@@ -115,7 +115,7 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
 def untraceable(model: DualEncoder) -> str | None:
     """Trace the blocks of both towers with two images and two texts, and return why that failed, or None.
 
-    A block that torch.compile cannot take as a whole is found before the data is read, in a second for each kind of
+    A block that torch.compile cannot take as a whole is found before the first step, in a second for each kind of
     block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
     """
     assert model.config is not None
