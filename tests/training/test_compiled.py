@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,20 @@ def test_more_shapes_than_torch_compiles_by_default_all_get_a_graph() -> None:
     assert compilation.graphs == 12
 
 
+def printed(program: str, *words: str) -> list[str]:
+    """Run a program in a process of its own, and return the lines that it prints.
+
+    A compilation that fails leaves traces in torch, which change the sizes of other tests, and processes that are
+    forked after a backward pass in a thread cannot make one.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+
 BROKEN = """
 import torch
-from fastclip.training.step import compiled, update
+from fastclip.training.step import compiled
 
 def no_compiler(*_):
     raise RuntimeError("no C++ compiler\\nlong advice")
@@ -113,11 +123,10 @@ print(compiled.obstacle(torch.device("cpu")))
 
 
 def test_without_a_compiler_an_explicit_option_is_an_error() -> None:
-    # In a process of its own: a compilation that fails leaves traces in torch, which change the sizes of other tests
-    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, check=True)
-    assert "no C++ compiler" in done.stdout and "long advice" not in done.stdout
+    (told,) = printed(BROKEN)
+    assert "no C++ compiler" in told and "long advice" not in told
     with pytest.raises(ValueError, match=r"--compile: .*no C\+\+ compiler.*--no-compile trains without it"):
-        resolve_compile(replace(OPTIONS, compile=True), CPU, done.stdout.strip, asked=True)
+        resolve_compile(replace(OPTIONS, compile=True), CPU, lambda: told, asked=True)
 
 
 def test_without_a_compiler_the_default_warns_and_trains_eagerly(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,7 +145,6 @@ def test_torch_without_deterministic_compilation_is_an_obstacle(monkeypatch: pyt
     assert "not deterministic" in (obstacle(torch.device("cpu"), deterministic=True) or "")
 
 
-# In a process of its own, as above
 UNTRACEABLE = """
 import sys
 from pathlib import Path
@@ -168,10 +176,7 @@ print((folder / "config.yaml").exists())
 
 
 def test_block_that_cannot_be_traced_is_found_before_the_first_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", UNTRACEABLE, str(tmp_path)]
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
-    found, told, config = done.stdout.splitlines()
+    found, told, config = printed(UNTRACEABLE, str(tmp_path))
     assert "graph_break" in found and config == "False"
     assert re.search(r"--compile: .*graph_break.*--no-compile trains without it", told)
 
@@ -184,18 +189,29 @@ def test_trial_leaves_the_model_as_it_was() -> None:
     assert all(x._compiled_call_impl is None for x in model.modules())
 
 
+IN_A_THREAD = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from fastclip.models import create_model
+from fastclip.training.step import compiled
+
+compiled._BACKEND = "eager"
+model = create_model("ViT-tiny")
+model.set_grad_checkpointing()
+compilation = compiled.Compilation(model)
+with compilation.of_step(0), ThreadPoolExecutor(1) as thread:
+    for width in range(2, 14):
+        features = model.text(torch.ones(2, width, dtype=torch.int64))
+        thread.submit(features.sum().backward).result()
+print(compilation.graphs)
+"""
+
+
 def test_backward_pass_in_another_thread_uses_the_graphs_of_the_forward_pass() -> None:
     """CUDA's backward pass has a thread of its own, to which dynamo's settings do not apply. Checkpointing calls the
     blocks there again, and with more shapes than torch compiles by default, a missing graph would be an error.
     """
-    model = create_model("ViT-tiny")
-    model.set_grad_checkpointing()
-    compilation = Compilation(model)
-    with compilation.of_step(0), ThreadPoolExecutor(1) as thread:
-        for width in range(2, 14):
-            features = model.text(torch.ones(2, width, dtype=torch.int64))
-            thread.submit(features.sum().backward).result()
-    assert compilation.graphs == 2 * 12
+    assert printed(IN_A_THREAD) == [str(2 * 12)]
 
 
 def test_compiled_towers_meet_few_lengths_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
