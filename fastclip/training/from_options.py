@@ -137,21 +137,21 @@ def placed(model: DualEncoder, device: torch.device, *, convolutions: bool = Tru
 
 
 def resolve_compile(
-    options: TrainOptions, world: World, obstacle: Callable[[], str | None], *, asked: bool | None
+    options: TrainOptions, world: World, trial: Callable[[], str | None], *, asked: bool | None
 ) -> TrainOptions:
     """Return `options` with a value for --compile. All ranks get the same.
 
     Args:
         options: options, of which `compile` may be None.
         world: this process and its group.
-        obstacle: function that returns why this process cannot compile, or None. It is called if --compile is wanted.
+        trial: function that returns why this process cannot compile, or None. It is called if --compile is wanted.
         asked: --compile as the user gave it, or None.
 
     Raises:
         ValueError: --compile was given and a rank cannot compile.
     """
     wanted = world.device.type == "cuda" if options.compile is None else options.compile
-    obstacles = of_all_ranks(obstacle(), world) if wanted else []
+    obstacles = of_all_ranks(trial(), world) if wanted else []
     for rank, why in enumerate(obstacles):
         if why is not None:
             message = f"torch.compile does not work here: {why}" + (f" (on rank {rank})" if world.ranks > 1 else "")

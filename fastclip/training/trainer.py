@@ -119,8 +119,8 @@ class _Trainer:
         self.compilation = Compilation(self.model, deterministic=deterministic) if self.options.compile else None
         self.stepper = self._make_stepper()
 
-    def _resolve_compile(self, options: TrainOptions, obstacle: Callable[[], str | None]) -> TrainOptions:
-        return resolve_compile(options, self.world, obstacle, asked=self.compile_asked)
+    def _resolve_compile(self, options: TrainOptions, trial: Callable[[], str | None]) -> TrainOptions:
+        return resolve_compile(options, self.world, trial, asked=self.compile_asked)
 
     def _make_stepper(self) -> Stepper:
         options, wrapped = self.options, wrap(self.model, self.world, self.options.parallel)

@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def update(self) -> int:
-        """Bytes that the optimiser takes while it runs. On a GPU, LAMB computes two values for each weight at once."""
+        """Bytes that the optimiser takes while it runs, at most. LAMB on a GPU computes two values for each weight."""
         return 2 * self._share(self.sizes.trainable) if (self.optimizer, self.device) == ("lamb", "cuda") else 0
 
     @property

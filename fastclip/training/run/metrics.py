@@ -18,7 +18,7 @@ from fastclip.system.reading import parse_json
 __all__ = ["Meter", "Metrics", "cut_metrics"]
 
 logger = logging.getLogger(__name__)
-_WARM_UP = 10  # first steps of a process, which are slower than others
+_WARM_UP = 10  # first steps of a meter, which are slower than others
 
 
 class Metrics:
@@ -95,7 +95,7 @@ class Meter:
     Args:
         batch_size: pairs of all processes in a step.
         utilisation: function of steps, tokens of their texts and seconds that returns the model FLOP utilisation, or
-            None if it is not known. It is called in `read`, without the first ten steps.
+            None if it is not known. It is called in `read`, with the sums over steps after the first ten.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return samples per second, the share of time spent waiting for data and the model FLOP utilisation.
 
-        All are of the time since the last call. The utilisation leaves out the first ten steps of the process, and has
+        All are of the time since the last call. The utilisation leaves out the first ten steps of all, and has
         no value if they are all or if it is not known.
         """
         seconds = time.perf_counter() - self._since

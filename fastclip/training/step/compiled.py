@@ -29,7 +29,7 @@ class Compilation:
 
     The kernels of a shape do not depend on the shapes that came before, so a resumed run has the bits of an
     uninterrupted one. Dropout draws torch's own random numbers, so that the two passes of gradient caching draw the
-    same masks, which are also those of a run without compilation.
+    same masks, which are also those of a run without compilation whose texts have the same lengths.
 
     Args:
         model: model whose blocks are compiled.
@@ -99,6 +99,10 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
     """Compile a function of one line on `device`, and return why that failed, or None.
 
     A compiler may be missing (a C++ compiler for CPUs, Triton for GPUs), or torch.compile may not support this Python.
+
+    Args:
+        device: device of the model.
+        deterministic: as in `Compilation`. Older versions of torch have no such compilation.
     """
     from torch._inductor import config  # takes a second
 
@@ -115,8 +119,9 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
 def untraceable(model: DualEncoder) -> str | None:
     """Trace the blocks of both towers with two images and two texts, and return why that failed, or None.
 
-    A block that torch.compile cannot take as a whole is found before the first step, in a second for each kind of
-    block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
+    Most blocks that torch.compile cannot take as a whole are found before the first step, in a second for each kind
+    of block, because no code is generated. The trial is in fp32: a block that fails under autocast only is not found.
+    The model is left as it was, but the forward passes may draw random numbers.
     """
     assert model.config is not None
     vision, text = model.config.vision_cfg, model.config.text_cfg

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastclip.training.step.optim import plain_and_sharded
 
 __all__ = ["MovingAverage"]
 
@@ -31,13 +33,8 @@ class MovingAverage:
         """Move the averages towards the current weights. Call it once after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        # torch cannot process plain and sharded tensors together
-        kinds: dict[type, tuple[list[Tensor], list[Tensor]]] = {}
-        for average, p in zip(self.averages, self._parameters):
-            averages, weights = kinds.setdefault(type(average), ([], []))
-            averages.append(average)
-            weights.append(p)
-        for averages, weights in kinds.values():
+        for pairs in plain_and_sharded(zip(self.averages, self._parameters), lambda pair: pair[0]):
+            averages, weights = map(list, zip(*pairs))
             get_ema_multi_avg_fn(decay)(averages, weights, self.updates)
 
     @torch.no_grad()

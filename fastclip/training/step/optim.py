@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["build_optimizer", "clip_gradients", "gradient_norm", "parameter_groups", "warmup_cosine"]
+__all__ = [
+    "build_optimizer",
+    "clip_gradients",
+    "gradient_norm",
+    "parameter_groups",
+    "plain_and_sharded",
+    "warmup_cosine",
+]
+
+T = TypeVar("T")
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -53,7 +62,8 @@ def build_optimizer(
 
     Args:
         name: "adamw", torch's fused AdamW, or "lamb" (You et al. 2020), timm's LAMB without its gradient clipping.
-            On a GPU both process all tensors of a group together, LAMB with timm 1.0.31 or newer.
+            On a GPU both process the tensors of a group together: LAMB with timm 1.0.31 or newer, which splits them
+            into parts if the GPU's L2 cache is large.
         model: model whose trainable parameters are optimised, grouped by `parameter_groups`.
 
     Raises:
@@ -78,7 +88,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the norm () of all gradients together. Every rank gets the norm of the unsharded gradients under FSDP2."""
     from torch.distributed.tensor import DTensor  # slow to load
 
-    # torch's function cannot mix plain and sharded tensors, and FSDP does not shard scalar parameters
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
@@ -91,9 +100,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
 
 
 def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return the parameters with gradients, split into plain and sharded ones, which torch cannot process together."""
+    """Return the parameters that have gradients, split by `plain_and_sharded`."""
+    return plain_and_sharded((p for p in parameters if p.grad is not None), lambda p: p.grad)
+
+
+def plain_and_sharded(values: Iterable[T], tensor: Callable[[T], Tensor | None]) -> list[list[T]]:
+    """Split values into those with a plain tensor and those with one that FSDP2 has sharded, if there are any.
+
+    torch cannot process both kinds together. FSDP2 leaves scalar parameters whole.
+
+    Args:
+        values: any values.
+        tensor: function that returns the tensor of a value.
+    """
     from torch.distributed.tensor import DTensor
 
-    with_gradients = [p for p in parameters if p.grad is not None]
-    kinds = [[p for p in with_gradients if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
+    kinds: tuple[list[T], list[T]] = ([], [])
+    for value in values:
+        kinds[isinstance(tensor(value), DTensor)].append(value)
     return [kind for kind in kinds if kind]
