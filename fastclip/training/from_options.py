@@ -14,13 +14,14 @@ from fastclip.models.config import EfficientNetConfig, ModelConfig, ResNetConfig
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model
 from fastclip.training.options import TrainOptions
-from fastclip.training.ranks import World, of_all_ranks
+from fastclip.training.ranks import World, of_all_ranks, shards
 from fastclip.training.step.losses import NamedLoss, named_loss
 
-__all__ = ["Towers", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by"]
+__all__ = ["Towers", "autocast_dtype", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by"]
 
 logger = logging.getLogger(__name__)
 _CONVOLUTIONAL = (ResNetConfig, EfficientNetConfig)  # other towers only embed and merge patches by convolutions
+_COMPILED = ("cuda",)  # types of devices on which --compile is the default
 
 
 def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
@@ -45,13 +46,18 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
         ValueError: the backend named by --backend does not exist or cannot compute this loss.
     """
     where = device if options.features_on == "device" else "cpu"
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = autocast_dtype(options) or torch.float32
     try:
         name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
     except RuntimeError as error:
         raise ValueError(f"--backend: {error}") from error
     logger.info("the %s loss is computed by backend %r", options.loss, name)
     return name
+
+
+def autocast_dtype(options: TrainOptions) -> torch.dtype | None:
+    """Return the dtype in which the towers compute, or None for that of the weights."""
+    return torch.bfloat16 if options.precision == "bf16" else None
 
 
 def build_loss(options: TrainOptions, world: World) -> NamedLoss:
@@ -121,7 +127,7 @@ def build_model(options: TrainOptions, loss: NamedLoss, world: World) -> DualEnc
         model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
     Towers.of(options).prepare(model)
     # FSDP2 shards contiguous parameters only (torch 2.14)
-    return placed(model, world.device, convolutions=options.parallel != "fsdp" or world.group is None)
+    return placed(model, world.device, convolutions=not shards(options.parallel, world))
 
 
 def placed(model: DualEncoder, device: torch.device, *, convolutions: bool = True) -> DualEncoder:
@@ -150,7 +156,7 @@ def resolve_compile(
     Raises:
         ValueError: --compile was given and a rank cannot compile.
     """
-    wanted = world.device.type == "cuda" if options.compile is None else options.compile
+    wanted = world.device.type in _COMPILED if options.compile is None else options.compile
     obstacles = of_all_ranks(trial(), world) if wanted else []
     for rank, why in enumerate(obstacles):
         if why is not None:

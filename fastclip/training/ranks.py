@@ -23,6 +23,7 @@ from fastclip.system.owner import owned
 __all__ = [
     "World",
     "fsdp_blocks",
+    "is_sharded",
     "joined",
     "mean_over_ranks",
     "meeting",
@@ -31,6 +32,7 @@ __all__ = [
     "owned_together",
     "reduce_unsharded",
     "reshard",
+    "shards",
     "wrap",
 ]
 
@@ -207,7 +209,7 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     """
     if world.group is None:
         return model
-    if parallel == "ddp":
+    if not shards(parallel, world):
         ids = [world.device] if world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
@@ -222,6 +224,20 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     for name in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, name)
     return model
+
+
+def shards(parallel: str, world: World) -> bool:
+    """Return True if `wrap` shards the parameters of a model among the processes."""
+    return parallel == "fsdp" and world.group is not None
+
+
+def is_sharded(wrapped: nn.Module, world: World) -> bool:
+    """Return True if `wrap`, whose result is `wrapped`, has sharded the parameters."""
+    if world.group is None:
+        return False
+    from torch.distributed.fsdp import FSDPModule  # slow to load
+
+    return isinstance(wrapped, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:

@@ -163,7 +163,7 @@ PROMISES = [
         tests=[
             "training/test_memory_format.py::test_only_convolutional_towers_are_channels_last",
             "training/test_memory_format.py::test_resumed_run_has_the_same_bits_and_order",
-            "training/test_memory_format.py::test_wrapped_run_trains_without_warnings_of_layouts",
+            "training/test_memory_format.py::test_gradients_of_a_wrapped_run_have_the_order_of_the_weights",
         ],
         breaks=[
             Break(
@@ -175,7 +175,7 @@ PROMISES = [
             Break(
                 "order: FSDP gets weights that it cannot shard",
                 "fastclip/training/from_options.py",
-                old='convolutions=options.parallel != "fsdp" or world.group is None',
+                old="convolutions=not shards(options.parallel, world)",
                 new="convolutions=True",
             ),
             Break(

@@ -146,20 +146,33 @@ def test_torch_without_deterministic_compilation_is_an_obstacle(monkeypatch: pyt
 
 
 UNTRACEABLE = """
+import logging
 import sys
 from pathlib import Path
 import torch
 from fastclip.models import create_model
 from fastclip.models.towers import text
-from fastclip.training import train
+from fastclip.training import from_options, train
 from fastclip.training.step import compiled
 from support.digits_run import digits_run
 
+logging.getLogger(from_options.__name__).addHandler(logging.StreamHandler(sys.stdout))
 plain = text._Block.forward
 
 def breaks(self, *args, **named):
     torch._dynamo.graph_break()
     return plain(self, *args, **named)
+
+def breaks_under_autocast(self, *args, **named):
+    if torch.is_autocast_enabled("cpu"):
+        torch._dynamo.graph_break()
+    return plain(self, *args, **named)
+
+def refusal(folder, **changed):
+    try:
+        train(digits_run(folder, **changed))
+    except ValueError as error:
+        return error
 
 compiled._BACKEND = "eager"
 text._Block.forward = breaks
@@ -167,18 +180,49 @@ model = create_model("ViT-tiny")
 print(compiled.untraceable(model))
 model.text(torch.ones(2, 20, dtype=torch.int64))  # is not compiled any more
 folder = Path(sys.argv[1])
-try:
-    train(digits_run(folder, compile=True))
-except ValueError as error:
-    print(error)
+print(refusal(folder, compile=True))
 print((folder / "config.yaml").exists())
+from_options._COMPILED = ("cpu",)  # by default, as on a GPU
+print(len(train(digits_run(folder / "default")).losses))
+text._Block.forward = breaks_under_autocast
+print(compiled.untraceable(model))
+print(refusal(folder / "bf16", compile=True, precision="bf16"))
 """
 
 
 def test_block_that_cannot_be_traced_is_found_before_the_first_step(tmp_path: Path) -> None:
-    found, told, config = printed(UNTRACEABLE, str(tmp_path))
+    found, told, config, warned, steps, plain, under_autocast = printed(UNTRACEABLE, str(tmp_path))
     assert "graph_break" in found and config == "False"
-    assert re.search(r"--compile: .*graph_break.*--no-compile trains without it", told)
+    for refused in (told, under_autocast):
+        assert re.search(r"^--compile: .*graph_break.*--no-compile trains without it", refused)
+    assert re.search("the towers are not compiled: .*graph_break", warned) and steps == "3" and plain == "None"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        ("backend='inductor' raised:\nRuntimeError: no compiler.\nadvice", "RuntimeError: no compiler"),
+        ("Branching\n  Explanation: Detected branching.\n  Hint: do not", "Branching: Detected branching"),
+        ("", "ValueError"),
+    ],
+)
+def test_cause_of_a_failure_is_named_without_advice(error: str, cause: str) -> None:
+    assert compiled._cause(ValueError(error)) == cause
+    try:
+        raise RuntimeError("Observed exception\n  Explanation: It has no handler.") from ValueError(error)
+    except RuntimeError as outer:
+        assert compiled._cause(outer) == f"Observed exception: {cause}"
+
+
+def test_trial_does_not_hide_that_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("ViT-tiny")
+
+    def full(images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.visual, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        untraceable(model)
 
 
 def test_trial_leaves_the_model_as_it_was() -> None:

@@ -18,6 +18,7 @@ from fastclip import contrastive_loss
 from fastclip.data.batch import Batch
 from fastclip.models import create_model
 from fastclip.training import Run, TrainOptions, cached_step, train
+from fastclip.training.from_options import placed
 from fastclip.training.ranks import World
 from fastclip.training.step.losses import named_loss
 from fastclip.training.step.moving_average import MovingAverage
@@ -95,10 +96,13 @@ def test_dropout_on_the_gpu_is_replayed_where_the_arguments_are_on_the_host() ->
 # Steps with LAMB wait a second time: it cannot skip an update on the device, so that the scale is read after the update
 @pytest.mark.parametrize(("optimizer", "waits"), [("adamw", 1), ("lamb", 2)])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_host_waits_once_in_a_step(optimizer: str, waits: int, parts: int) -> None:
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+def test_host_waits_once_in_a_step(name: str, optimizer: str, waits: int, parts: int) -> None:
     """torch warns about every call that makes the host wait for the device."""
     device, pairs = torch.device("cuda"), 32
-    model = create_model("ViT-tiny", context_length=16, device=device).train()
+    model = placed(create_model(name, context_length=16), device).train()
+    assert model.config is not None
+    side = model.config.vision_cfg.image_size
     step = Stepper(
         model,
         model,
@@ -113,7 +117,7 @@ def test_host_waits_once_in_a_step(optimizer: str, waits: int, parts: int) -> No
     batches = []
     for _ in range(parts):  # in pinned memory, as the trainer has them
         ids = torch.randint(1, 400, (size, 16)).pin_memory()
-        images, labels = torch.randn(size, 3, 32, 32).pin_memory(), torch.arange(size).pin_memory()
+        images, labels = torch.randn(size, 3, side, side).pin_memory(), torch.arange(size).pin_memory()
         batches.append(Batch(images, ids, labels, tuple(map(str, range(size)))))
     for k in range(3):  # kernels are compiled and states are made
         step(batches, step=k)

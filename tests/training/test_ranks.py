@@ -26,7 +26,7 @@ from support.processes import join_group
 needs("train")
 
 from fastclip.models import create_model
-from fastclip.training import TrainOptions, cached_step, train
+from fastclip.training import TrainOptions, cached_step, from_options, train, trainer
 from fastclip.training.ranks import World, wrap
 from fastclip.training.step import compiled
 from fastclip.training.step.moving_average import MovingAverage
@@ -75,7 +75,18 @@ def work(rank: int, folder: Path) -> None:
         (folder / f"counts {rank}.json").write_text(json.dumps(str(error)))
     (folder / f"lamb {rank}.json").write_text(json.dumps(lamb_of_shards(rank)))
     (folder / f"reads {rank}.json").write_text(json.dumps(reads_a_shard()))
+    (folder / f"obstacle {rank}.json").write_text(json.dumps(one_rank_cannot_compile(rank, folder)))
     dist.destroy_process_group()
+
+
+def one_rank_cannot_compile(rank: int, folder: Path) -> tuple[str, list[float]]:
+    """Return the error of a run with --compile of which rank 1 cannot compile, and the losses of one by default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "untraceable", lambda *_: "no trace" if rank == 1 else None)
+        patch.setattr(from_options, "_COMPILED", ("cpu",))
+        with pytest.raises(ValueError) as refused:
+            train(options(folder / "obstacle", compile=True))
+        return str(refused.value), train(options(folder / "obstacle by default")).losses
 
 
 def lamb_of_shards(rank: int) -> float:
@@ -200,6 +211,13 @@ def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
     for rank in range(W):
         told = of_rank(folder, "reads", rank)
         assert told.startswith("loss directly reads the parameter bias, which FSDP has sharded")
+
+
+def test_one_rank_that_cannot_compile_decides_for_all(folder: Path) -> None:
+    for rank in range(W):
+        told, losses = of_rank(folder, "obstacle", rank)
+        assert re.search(r"^--compile: .*no trace \(on rank 1\)", told)
+        assert losses == of_rank(folder, "ddp", rank)[0]
 
 
 def test_lamb_of_shards_takes_them_together(folder: Path) -> None:

@@ -165,9 +165,6 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int, precisi
     kind = device.type
     generator = torch.Generator(device).manual_seed(0)
 
-    def factor(size: int) -> torch.Tensor:  # with random numbers, because a GPU multiplies constants faster
-        return torch.rand(size, size, generator=generator, device=device).to(dtype)
-
     def seconds(count: int) -> float:
         begin = time.perf_counter()
         for _ in range(count):
@@ -177,7 +174,9 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int, precisi
         return time.perf_counter() - begin
 
     size, largest = _SIZES[kind]
-    a = factor(size)
+    # Random numbers, because a GPU multiplies constants faster. A CPU draws those of a large matrix for longer than
+    # the measurement may take, so that larger matrices repeat them
+    a = torch.rand(size, size, generator=generator, device=device).to(dtype)
     product = torch.empty_like(a)
     seconds(1)  # libraries load their kernels
     best, count, expected = 0.0, 1, 0.0
@@ -188,7 +187,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int, precisi
         left = end - time.perf_counter()
         if size < largest and 16 * one < left:  # twice the size takes eight times as long, and at most half of the rest
             size, count, one = 2 * size, 1, 8 * one
-            a = factor(size)
+            a = a.repeat(2, 2)
             product = torch.empty_like(a)
         else:
             count = max(1, min(_AT_A_TIME[kind], int(left / 4 / one)))

@@ -116,12 +116,18 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
     return None
 
 
-def untraceable(model: DualEncoder) -> str | None:
+def untraceable(model: DualEncoder, autocast: torch.dtype | None = None) -> str | None:
     """Trace the blocks of both towers with two images and two texts, and return why that failed, or None.
 
-    Most blocks that torch.compile cannot take as a whole are found before the first step, in a second for each kind
-    of block, because no code is generated. The trial is in fp32: a block that fails under autocast only is not found.
-    The model is left as it was, but the forward passes may draw random numbers.
+    Blocks that torch.compile cannot take as a whole are found before the first step, in a second for each kind of
+    block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
+
+    Args:
+        model: model whose blocks are traced.
+        autocast: dtype in which the towers compute (None: the dtype of the weights).
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has too little free memory even for two images and two texts.
     """
     assert model.config is not None
     vision, text = model.config.vision_cfg, model.config.text_cfg
@@ -131,9 +137,11 @@ def untraceable(model: DualEncoder) -> str | None:
     for block in stacked:
         block.compile(**_settings(deterministic=False, backend="eager"))
     try:
-        with _enough_graphs():
+        with _enough_graphs(), torch.autocast(device.type, autocast, enabled=autocast is not None):
             model.visual(torch.zeros(2, 3, vision.image_size, vision.image_size, device=device))
             model.text(torch.ones(2, text.context_length, dtype=torch.int64, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of the compiler, and of the code that it calls
         return _cause(error)
     finally:
@@ -182,7 +190,11 @@ def _so_far() -> tuple[float, float]:
     )
 
 
-def _cause(error: Exception) -> str:
-    """Return the cause in torch's message: its first line, or the second below a line such as "... raised:"."""
+def _cause(error: BaseException) -> str:
+    """Return the cause in torch's message: its first line and, where it has one, the explanation or error below it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]).rstrip(".")
+    if lines[0].endswith(":") and len(lines) > 1:  # such as "backend='inductor' raised:"
+        return lines[1].rstrip(".")
+    explained = (line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: "))
+    more = _cause(error.__cause__) if error.__cause__ is not None else next(explained, "")
+    return ": ".join(part.rstrip(".") for part in (lines[0], more) if part)

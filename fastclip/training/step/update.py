@@ -13,7 +13,7 @@ from fastclip.data.batch import Batch
 from fastclip.data.loading.order import mix
 from fastclip.losses.stats import contrastive_stats
 from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
-from fastclip.training.ranks import World, mean_over_ranks, of_all_ranks, reduce_unsharded
+from fastclip.training.ranks import World, is_sharded, mean_over_ranks, of_all_ranks, reduce_unsharded
 from fastclip.training.signals import STATUSES
 from fastclip.training.step.cached import cached_step
 from fastclip.training.step.losses import NamedLoss
@@ -85,11 +85,11 @@ class Stepper:
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
         self.cached, self.keep_graphs, self.normalize_pixels = cached, keep_graphs, normalize_pixels
         self._length_multiple = _FEW_LENGTHS if few_lengths or world.device.type == "cuda" else 1
-        sharded = wrapped is model and world.group is not None
+        self._sharded = is_sharded(wrapped, world)
         # Under FSDP all ranks must call the text tower equally often, but their micro-batches may differ by a pair
-        self._text_group = None if sharded else _TEXT_GROUP[world.device.type]
+        self._text_group = None if self._sharded else _TEXT_GROUP[world.device.type]
         # FSDP's gradients are DTensors, with which torch's fused optimisers take no tensor that tells them to skip
-        self._skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded
+        self._skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded
 
     def step(
         self,
@@ -123,7 +123,7 @@ class Stepper:
         count = torch.full_like(value, tokens, dtype=torch.float64)
         shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, count, *shares)])
         shared = mean_over_ranks(shared, self.world)
-        if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
+        if self._sharded:  # DDP has averaged all gradients
             reduce_unsharded(self.model, self.world)
         norm = gradient_norm(self.model.parameters()).to(device)
         # The host waits for the device once in a step, after it has given it all the work. The update is therefore
