@@ -125,8 +125,8 @@ PROMISES = [
             Break(
                 "step: the host waits before the update",
                 "fastclip/training/step/update.py",
-                old="and not sharded",
-                new="and sharded",
+                old="and not self._sharded",
+                new="and self._sharded",
             ),
         ],
     ),
