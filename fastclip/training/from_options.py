@@ -14,10 +14,10 @@ from fastclip.models.config import EfficientNetConfig, ModelConfig, ResNetConfig
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model
 from fastclip.training.options import TrainOptions
-from fastclip.training.ranks import World, of_all_ranks, shards
+from fastclip.training.ranks import World, of_all_ranks, one_for_all, shards
 from fastclip.training.step.losses import NamedLoss, named_loss
 
-__all__ = ["Towers", "autocast_dtype", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by"]
+__all__ = ["Towers", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by", "tower_dtype"]
 
 logger = logging.getLogger(__name__)
 _CONVOLUTIONAL = (ResNetConfig, EfficientNetConfig)  # other towers only embed and merge patches by convolutions
@@ -46,7 +46,7 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
         ValueError: the backend named by --backend does not exist or cannot compute this loss.
     """
     where = device if options.features_on == "device" else "cpu"
-    dtype = autocast_dtype(options) or torch.float32
+    dtype = tower_dtype(options) or torch.float32
     try:
         name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
     except RuntimeError as error:
@@ -55,7 +55,7 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
     return name
 
 
-def autocast_dtype(options: TrainOptions) -> torch.dtype | None:
+def tower_dtype(options: TrainOptions) -> torch.dtype | None:
     """Return the dtype in which the towers compute, or None for that of the weights."""
     return torch.bfloat16 if options.precision == "bf16" else None
 
@@ -155,10 +155,14 @@ def resolve_compile(
 
     Raises:
         ValueError: --compile was given and a rank cannot compile.
+        Exception: `trial` raised it, on this rank or on another.
     """
     wanted = world.device.type in _COMPILED if options.compile is None else options.compile
-    obstacles = of_all_ranks(trial(), world) if wanted else []
-    for rank, why in enumerate(obstacles):
+    found = None
+    with one_for_all(world):
+        if wanted:
+            found = trial()
+    for rank, why in enumerate(of_all_ranks(found, world)):
         if why is not None:
             message = f"torch.compile does not work here: {why}" + (f" (on rank {rank})" if world.ranks > 1 else "")
             if asked:

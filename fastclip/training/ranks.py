@@ -233,11 +233,7 @@ def shards(parallel: str, world: World) -> bool:
 
 def is_sharded(wrapped: nn.Module, world: World) -> bool:
     """Return True if `wrap`, whose result is `wrapped`, has sharded the parameters."""
-    if world.group is None:
-        return False
-    from torch.distributed.fsdp import FSDPModule  # slow to load
-
-    return isinstance(wrapped, FSDPModule)
+    return world.group is not None and not isinstance(wrapped, nn.parallel.DistributedDataParallel)
 
 
 def reshard(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from fastclip.system.durable import new_folder
 from fastclip.system.owner import output_path
 from fastclip.system.rounding import ceil_div
 from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
-from fastclip.training.from_options import autocast_dtype, build_loss, build_model, resolve, resolve_compile, served_by
+from fastclip.training.from_options import build_loss, build_model, resolve, resolve_compile, served_by, tower_dtype
 from fastclip.training.options import TrainOptions, write_options
 from fastclip.training.planning.choose import settle
 from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
@@ -114,9 +114,7 @@ class _Trainer:
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)
         self.validation: dict[str, float] = {}
-        self.options = self._resolve_compile(
-            self.options, lambda: untraceable(self.model, autocast_dtype(self.options))
-        )
+        self.options = self._resolve_compile(self.options, lambda: untraceable(self.model, tower_dtype(self.options)))
         deterministic = self.options.deterministic
         self.compilation = Compilation(self.model, deterministic=deterministic) if self.options.compile else None
         self.stepper = self._make_stepper()
@@ -143,7 +141,7 @@ class _Trainer:
             self.world,
             ema=None if options.ema is None else MovingAverage(self.model, options.ema),
             max_grad_norm=options.max_grad_norm,
-            autocast=autocast_dtype(options),
+            autocast=tower_dtype(options),
             keep_on="cpu" if options.features_on == "cpu" else None,
             normalize_pixels=PixelNormalization.of(self.config),
             few_lengths=self.compilation is not None,
@@ -314,7 +312,7 @@ class _Trainer:
         assert self.val_source is not None
         micro_batch = self.options.micro_batch if self.options.is_cached(self.world.ranks) else _VALIDATION_BATCH
         assert isinstance(micro_batch, int)
-        dtype = autocast_dtype(self.options)
+        dtype = self.stepper.autocast
         if self.world.group is not None:  # each rank has its own BatchNorm statistics; rank 0's are saved
             for x in self.model.buffers():
                 dist.broadcast(x, src=0, group=self.world.group)

@@ -86,7 +86,7 @@ def order(x: Tensor) -> list[int]:
 def test_gradients_of_a_wrapped_run_have_the_order_of_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str, model: str
 ) -> None:
-    """DDP is slow, and warns once in a process, if the order of a gradient is not that of its bucket."""
+    """DDP is slow, and warns once in a process, if weights change their order after it has made its buckets."""
     update, compared = Stepper._update, []
 
     def noted(self: Stepper, norm: Tensor, skip: Tensor | None = None) -> None:

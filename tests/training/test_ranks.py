@@ -79,6 +79,10 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
 def one_rank_cannot_compile(rank: int, folder: Path) -> tuple[str, list[float]]:
     """Return the error of a run with --compile of which rank 1 cannot compile, and the losses of one by default."""
     with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +90,10 @@ def one_rank_cannot_compile(rank: int, folder: Path) -> tuple[str, list[float]]:
         patch.setattr(from_options, "_COMPILED", ("cpu",))
         with pytest.raises(ValueError) as refused:
             train(options(folder / "obstacle", compile=True))
+        patch.setattr(trainer, "untraceable", no_memory if rank == 1 else lambda *_: None)
+        with pytest.raises(RuntimeError, match="no memory"):
+            train(options(folder / "obstacle", compile=True))
+        patch.setattr(trainer, "untraceable", lambda *_: "no trace" if rank == 1 else None)
         return str(refused.value), train(options(folder / "obstacle by default")).losses
 
 

@@ -103,6 +103,9 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
     Args:
         device: device of the model.
         deterministic: as in `Compilation`. Older versions of torch have no such compilation.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no free memory.
     """
     from torch._inductor import config  # takes a second
 
@@ -111,6 +114,8 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
     x = torch.ones(8, device=device, requires_grad=True)
     try:
         torch.compile(_trial, **_settings(deterministic))(x).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # torch's compilers raise errors of many classes
         return _cause(error)
     return None
@@ -119,8 +124,8 @@ def obstacle(device: torch.device, *, deterministic: bool = False) -> str | None
 def untraceable(model: DualEncoder, autocast: torch.dtype | None = None) -> str | None:
     """Trace the blocks of both towers with two images and two texts, and return why that failed, or None.
 
-    Blocks that torch.compile cannot take as a whole are found before the first step, in a second for each kind of
-    block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
+    Most blocks that torch.compile cannot take as a whole are found before the first step, in a second for each kind
+    of block, because no code is generated. The model is left as it was, but the forward passes may draw random numbers.
 
     Args:
         model: model whose blocks are traced.
@@ -191,9 +196,12 @@ def _so_far() -> tuple[float, float]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the cause in torch's message: its first line and, where it has one, the explanation or error below it."""
+    """Return the cause in torch's message: its first line, with the error's own cause or explanation if it has one.
+
+    If the first line only introduces the second, as "backend='inductor' raised:" does, this is the second.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if lines[0].endswith(":") and len(lines) > 1:  # such as "backend='inductor' raised:"
+    if lines[0].endswith(":") and len(lines) > 1:
         return lines[1].rstrip(".")
     explained = (line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: "))
     more = _cause(error.__cause__) if error.__cause__ is not None else next(explained, "")
