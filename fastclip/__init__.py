@@ -15,6 +15,7 @@ from fastclip.system.lazy import lazy_names
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
     from fastclip.losses.contrastive import contrastive_loss
+    from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
     from fastclip.losses.modules import ClipLoss, SigLipLoss
     from fastclip.losses.multiview import multiview_loss
     from fastclip.losses.sigmoid import sigmoid_loss
@@ -29,6 +30,7 @@ __all__ = [
     "ClipLoss",
     "ContrastiveStats",
     "DualEncoder",
+    "LogitStatistics",
     "SigLipLoss",
     "__version__",
     "backends",
@@ -40,6 +42,7 @@ __all__ = [
     "get_tokenizer",
     "list_models",
     "load_image_transform",
+    "logit_statistics",
     "multiview_loss",
     "sigmoid_loss",
 ]
@@ -48,6 +51,7 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.modules",
     "ContrastiveStats": "fastclip.losses.stats",
     "DualEncoder": "fastclip.models.dual_encoder",
+    "LogitStatistics": "fastclip.losses.logit_statistics",
     "SigLipLoss": "fastclip.losses.modules",
     "backends": "fastclip._backends",
     "build_info": "fastclip._backends",
@@ -58,6 +62,7 @@ _LAZY = {
     "get_tokenizer": "fastclip.models.factory",
     "list_models": "fastclip.models.config",
     "load_image_transform": "fastclip.models.factory",
+    "logit_statistics": "fastclip.losses.logit_statistics",
     "multiview_loss": "fastclip.losses.multiview",
     "sigmoid_loss": "fastclip.losses.sigmoid",
 }

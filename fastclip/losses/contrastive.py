@@ -39,7 +39,7 @@ from fastclip.ops import (
     plain_loss,
 )
 
-__all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
+__all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare", "statistics_of"]
 
 
 _NUMBERS = (float, int)
@@ -163,11 +163,7 @@ def contrastive_loss(
         equal_shards=equal_shards,
         backend=backend,
     )
-    if batch.shards is None:
-        stats = contrastive_statistics(batch.problem, backend)
-    else:
-        stats = sharded_statistics(batch.problem, batch.shards, comm, backend)
-    return _reduced(batch, stats, reduction, image_weight)
+    return _reduced(batch, statistics_of(batch, comm, backend), reduction, image_weight)
 
 
 def _plain_loss(
@@ -209,10 +205,12 @@ def prepare(
     agreed: dict[str, Any],
     equal_shards: bool,
     backend: str | None,
+    needs_positive: bool = True,
 ) -> Batch:
     """Check the arguments, drop ignored rows, apply autocast, let the ranks agree, and match the labels.
 
-    agreed: further options that must be equal on all ranks of `group`.
+    agreed: further options that must be equal on all ranks of `group`. needs_positive: a batch without a positive pair
+    is an error.
     """
     with reported(group, equal_shards, image_features):
         normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
@@ -244,9 +242,16 @@ def prepare(
     counts: _Pair | None = None
     counted: tuple[int | Tensor, int | Tensor] = batch_size(image, text, shards)
     if image_labels is not None and text_labels is not None:
-        labels, counts, counted = _match(image_labels, text_labels, exclude_self, shards)
+        labels, counts, counted = _match(image_labels, text_labels, exclude_self, shards, needs_positive)
     problem = Problem(image, text, scale, labels, exclude_self=exclude_self, normalize=normalize)
     return Batch(problem, label_smoothing, shards, counts, counted, kept)
+
+
+def statistics_of(batch: Batch, comm: str, backend: str | None) -> Sides:
+    """Return the differentiable statistics of a batch, or of this rank's images and texts within the whole batch."""
+    if batch.shards is None:
+        return contrastive_statistics(batch.problem, backend)
+    return sharded_statistics(batch.problem, batch.shards, comm, backend)
 
 
 def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:
@@ -255,7 +260,7 @@ def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int,
 
 
 def _match(
-    image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None
+    image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None, needs_positive: bool
 ) -> tuple[_Pair, _Pair, _Pair]:
     """Return label ids, counts of positives, and the numbers of rows and columns that have any, as in `Batch`."""
     if shards is not None:
@@ -265,7 +270,7 @@ def _match(
     if exclude_self:
         itself = (image_labels.long() == text_labels.long()).long()
         row_count, col_count = row_count - itself, col_count - itself
-    if can_be_read(row_count) and not bool(row_count.any()):
+    if needs_positive and can_be_read(row_count) and not bool(row_count.any()):
         besides = " of another row" if exclude_self else ""
         raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
     rows_counted, cols_counted = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
