@@ -42,6 +42,7 @@ QUESTIONS = (
 # The modules of this folder, in the order of the page
 PARTS = [
     "numbers",
+    "engine",
     "work",
     "few_rows",
     "interface",

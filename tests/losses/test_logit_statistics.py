@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
-from support.accuracy import pairs, poisoned
+from support.accuracy import counted_products, pairs, poisoned
+from support.processes import ended, forked, forks, join_group
 
 SCALE = 9.0
 FIELDS = fastclip.LogitStatistics._fields
@@ -144,3 +148,55 @@ def test_errors_name_the_arguments() -> None:
         fastclip.logit_statistics(image, text, exclude_self=True)
     with pytest.raises(ValueError, match="comm must be"):
         fastclip.logit_statistics(image, text, comm="tree")
+
+
+def test_operations_are_those_of_four_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options = problem("labels", 200, 300, torch.float32)
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.1")  # too small to keep the logits for the backward pass
+    counted = counted_products(monkeypatch)
+    image, text = (x.requires_grad_() for x in inputs[:2])
+    weighted(fastclip.logit_statistics(image, text, inputs[2], **options, backend="cpu")).backward()
+    assert sum(counted) == pytest.approx(8 * 200 * 300 * 24, rel=0.05)
+
+
+SHARDED = ("pairs", "labels", "self", "ignored", "no positive")
+
+
+def of_whole(case: str) -> tuple[list[Tensor], dict[str, Any]]:
+    return problem(case, 18, 18, torch.float64)
+
+
+def work(rank: int, folder: Path) -> None:
+    """Store the statistics of a rank's unequal shard, and the gradients of a sum over all ranks' statistics."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    join_group(rank, 3, folder)
+    own = slice(*((0, 11), (11, 11), (11, 18))[rank])  # the second rank has no row
+    found: dict[str, list[Tensor]] = {}
+    for case in SHARDED:
+        inputs, options = of_whole(case)
+        leaves = [x[own].clone().requires_grad_() for x in inputs[:2]]
+        options = {name: x[own] if isinstance(x, Tensor) else x for name, x in options.items()}
+        for comm in ("gather", "ring"):
+            of_rank = fastclip.logit_statistics(*leaves, SCALE, **options, group=dist.group.WORLD, comm=comm)
+            total = torch.stack([x.where(x.isfinite(), 0.0).square().sum() for x in of_rank]).sum()
+            gradients = torch.autograd.grad(total, leaves)
+            found[f"{case} {comm}"] = [*(x.detach() for x in of_rank), *gradients]
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@forks
+def test_ranks_have_the_statistics_of_one_process(tmp_path: Path) -> None:
+    for pid in [forked(lambda rank=rank: work(rank, tmp_path), tmp_path / f"said {rank}") for rank in range(3)]:  # type: ignore[misc]
+        assert ended(pid, 60) == 0, [path.read_text() for path in tmp_path.glob("said *")]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    for case in SHARDED:
+        (image, text, _), options = of_whole(case)
+        leaves = [image.requires_grad_(), text.requires_grad_()]
+        one = dense(*leaves, torch.tensor(SCALE), options)
+        total = torch.stack([x.where(x.isfinite(), 0.0).square().sum() for x in one]).sum()
+        expected = [*one, *torch.autograd.grad(total, leaves)]
+        for comm in ("gather", "ring"):
+            for shards, true in zip(zip(*(found[f"{case} {comm}"] for found in ranks)), expected, strict=True):
+                torch.testing.assert_close(torch.cat(shards), true.detach(), rtol=1e-11, atol=1e-11)
