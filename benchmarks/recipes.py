@@ -65,7 +65,7 @@ class Embeddings(torch.nn.Sequential):
 
 
 def ranking(**options: Any) -> Loss:
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     loss = MultipleNegativesRankingLoss(Embeddings(), scale=SCALE, **options)
     return lambda *x: loss.compute_loss_from_embeddings(list(x), None)
@@ -179,9 +179,7 @@ def measure(name: str, N: int, D: int, rounds: int, device: str) -> list[dict[st
                 "p20_ms": round(quantile(times, 0.2) * 1e3, 2),
                 "p80_ms": round(quantile(times, 0.8) * 1e3, 2),
                 "speedup_over_peer": round(statistics.median(ratios), 2),
-                "peak_mib": peak(name, "fastclip" if provider == "fastclip" else "peer", N, D)
-                if device == "cpu"
-                else "",
+                "peak_mib": peak(name, which, N, D) if device == "cpu" else "",
                 "load": round(os.getloadavg()[0], 1),
             }
         )
