@@ -15,6 +15,7 @@ from fastclip.system.lazy import lazy_names
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
     from fastclip.losses.contrastive import contrastive_loss
+    from fastclip.losses.hard_negatives import HardestNegatives, hardest_negatives
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
     from fastclip.losses.modules import ClipLoss, SigLipLoss
     from fastclip.losses.multiview import multiview_loss
@@ -30,6 +31,7 @@ __all__ = [
     "ClipLoss",
     "ContrastiveStats",
     "DualEncoder",
+    "HardestNegatives",
     "LogitStatistics",
     "SigLipLoss",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "create_model",
     "create_model_and_transforms",
     "get_tokenizer",
+    "hardest_negatives",
     "list_models",
     "load_image_transform",
     "logit_statistics",
@@ -51,6 +54,7 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.modules",
     "ContrastiveStats": "fastclip.losses.stats",
     "DualEncoder": "fastclip.models.dual_encoder",
+    "HardestNegatives": "fastclip.losses.hard_negatives",
     "LogitStatistics": "fastclip.losses.logit_statistics",
     "SigLipLoss": "fastclip.losses.modules",
     "backends": "fastclip._backends",
@@ -60,6 +64,7 @@ _LAZY = {
     "create_model": "fastclip.models.factory",
     "create_model_and_transforms": "fastclip.models.factory",
     "get_tokenizer": "fastclip.models.factory",
+    "hardest_negatives": "fastclip.losses.hard_negatives",
     "list_models": "fastclip.models.config",
     "load_image_transform": "fastclip.models.factory",
     "logit_statistics": "fastclip.losses.logit_statistics",

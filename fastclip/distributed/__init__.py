@@ -3,7 +3,12 @@
 from fastclip.distributed.agreement import Shards, check_comm, check_group, meet, reported
 from fastclip.distributed.collectives import before_group, gather_rows, sum_over_ranks
 from fastclip.distributed.ring_losses import ring_sigmoid_pairs
-from fastclip.distributed.statistics import largest_over_ranks, sharded_maxima, sharded_statistics
+from fastclip.distributed.statistics import (
+    largest_over_ranks,
+    sharded_maxima,
+    sharded_statistics,
+    with_all_texts,
+)
 
 __all__ = [
     "Shards",
@@ -18,4 +23,5 @@ __all__ = [
     "sharded_maxima",
     "sharded_statistics",
     "sum_over_ranks",
+    "with_all_texts",
 ]

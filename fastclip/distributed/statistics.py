@@ -16,7 +16,7 @@ from fastclip.distributed.collectives import exchange_columns, gather_rows
 from fastclip.distributed.ring_losses import ring_statistics
 from fastclip.ops import contrastive_maxima, contrastive_statistics, merge_logsumexp
 
-__all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics"]
+__all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics", "with_all_texts"]
 
 
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
@@ -29,13 +29,13 @@ def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | Non
     if comm == "ring":
         stats = ring_statistics(p, backend, shards.texts, shards.group)
     else:
-        stats = contrastive_statistics(_with_all_texts(p, shards), backend)
+        stats = contrastive_statistics(with_all_texts(p, shards), backend)
     return _own_columns(stats, shards, p.labels is not None)
 
 
 def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
     """Return the statistics of `sharded_statistics` and the largest logits. No result has a gradient."""
-    rows, cols = contrastive_maxima(_with_all_texts(p, shards), backend)
+    rows, cols = contrastive_maxima(with_all_texts(p, shards), backend)
     assert cols.neg_top is not None and cols.pos_top is not None
     tops = exchange_columns(torch.stack([cols.neg_top, cols.pos_top]), shards.texts, shards.group)
     rows, cols = _own_columns((rows, cols), shards, p.labels is not None)
@@ -43,7 +43,8 @@ def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
     return rows, cols._replace(neg_top=neg_top, pos_top=pos_top)
 
 
-def _with_all_texts(p: Problem, shards: Shards) -> Problem:
+def with_all_texts(p: Problem, shards: Shards) -> Problem:
+    """Return the problem of this rank's images and the texts of all ranks, which are gathered."""
     texts = gather_rows(p.text, shards.texts, shards.group, after=None if p.labels is None else p.labels[1])
     return p._replace(text=texts, offset=shards.own_texts.start)
 

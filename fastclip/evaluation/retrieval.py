@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.losses.largest import largest
 from fastclip.losses.ties import TIE
 from fastclip.system.progress import Progress
 from fastclip.system.rounding import ceil_div
@@ -145,71 +146,18 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     side = _side(queries, chunk)
-    best = torch.empty(len(queries), min(k, len(items)), dtype=torch.int64, device=queries.device)
+    blocks = [slice(j, min(j + side, len(items))) for j in range(0, max(len(items), 1), side)]
+    found = []
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
-        for i in range(0, len(queries), side):
-            keys = _best_keys(queries[i : i + side], items, k + 1, side)  # one more item reveals a tie at the end
-            cosines = _cosines(keys)
-            groups = _groups(cosines)
-            cut = groups[:, k - 1 : k] == groups[:, k:]  # items beyond the K-th are equal to it
-            # The whole chunk is computed again, not only its rows with ties, because a product of fewer rows may round
-            # differently. In large sets most chunks have a tie anyway.
-            if bool((groups != cosines).any()) or bool(cut.any()):
-                keys = _best_keys(queries[i : i + side], items, k, side, groups.flip(1))
-            best[i : i + side] = keys[:, :k]
-    return _cosines(best), 0xFFFFFFFF - (best & 0xFFFFFFFF)
+        for rows in queries.split(side):
+            found.append(largest(lambda block, rows=rows: _comparable(rows @ items[block].T), blocks, k, TIE))
+    return torch.cat([x.groups for x in found]), torch.cat([x.indices for x in found])
 
 
-def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor | None = None) -> Tensor:
-    """Return the `_keys` (B, K) of the K most similar items, the best first.
-
-    With `groups`, each cosine counts as the largest one of its group (`_groups`, sorted ascending).
-    """
-    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for j in range(0, len(items), side):
-        block = items[j : j + side]
-        keys = _keys(queries @ block.T, j, groups)
-        keys = torch.cat([best, keys.topk(min(k, len(block)), dim=1).values], dim=1)
-        best = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return best
-
-
-def _groups(cosines: Tensor) -> Tensor:
-    """Return the largest cosine of the group of equal items that each item belongs to; (B, K) in descending order."""
-    groups = cosines.clone()
-    for j in range(1, cosines.shape[1]):
-        before = groups[:, j - 1]
-        groups[:, j] = cosines[:, j].where(cosines[:, j] < least_alike(before), before)
-    return groups
-
-
-def _cosines(keys: Tensor) -> Tensor:
-    """Decode the cosines from `_keys`."""
-    bits = (keys >> 32).int()
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
-
-
-def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
-    """Encode similarities and indices as integers that sort by similarity and then by ascending index.
-
-    Args:
-        similarities: (B, N) float32, of the items from index `first` on.
-        first: index of the first item.
-        groups: as in `_best_keys`.
-
-    Returns:
-        (B, N) int64: the similarity in the upper 32 bits, the inverted index in the lower ones.
-    """
-    similarities = similarities.nan_to_num(-torch.inf) + 0.0  # -0.0 becomes 0.0
-    if groups is not None:
-        above = torch.searchsorted(groups, similarities).clamp(max=groups.shape[1] - 1)
-        group = groups.gather(1, above)
-        similarities = group.where(similarities >= least_alike(group), similarities)
-    bits = similarities.view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the same order as the floats
-    indices = torch.arange(first, first + similarities.shape[1], device=similarities.device)
-    return (ordered << 32) | (0xFFFFFFFF - indices)
+def _comparable(cosines: Tensor) -> Tensor:
+    """Replace NaN by -inf, which comes last."""
+    return cosines.nan_to_num(-torch.inf)
 
 
 @torch.no_grad()
