@@ -44,6 +44,7 @@ PARTS = [
     "numbers",
     "engine",
     "work",
+    "mining",
     "few_rows",
     "interface",
     "modes",
