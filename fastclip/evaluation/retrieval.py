@@ -151,13 +151,12 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
         for rows in queries.split(side):
-            found.append(largest(lambda block, rows=rows: _comparable(rows @ items[block].T), blocks, k, TIE))
+
+            def cosines(block: slice, rows: Tensor = rows) -> Tensor:
+                return (rows @ items[block].T).nan_to_num(-torch.inf)  # NaN comes last
+
+            found.append(largest(cosines, blocks, k, TIE))
     return torch.cat([x.groups for x in found]), torch.cat([x.indices for x in found])
-
-
-def _comparable(cosines: Tensor) -> Tensor:
-    """Replace NaN by -inf, which comes last."""
-    return cosines.nan_to_num(-torch.inf)
 
 
 @torch.no_grad()
