@@ -17,6 +17,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip.losses.contrastive import contrastive_loss
     from fastclip.losses.hard_negatives import HardestNegatives, hardest_negatives
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
+    from fastclip.losses.matryoshka import matryoshka_loss
     from fastclip.losses.modules import ClipLoss, SigLipLoss
     from fastclip.losses.multiview import multiview_loss
     from fastclip.losses.sigmoid import sigmoid_loss
@@ -46,6 +47,7 @@ __all__ = [
     "list_models",
     "load_image_transform",
     "logit_statistics",
+    "matryoshka_loss",
     "multiview_loss",
     "sigmoid_loss",
 ]
@@ -68,6 +70,7 @@ _LAZY = {
     "list_models": "fastclip.models.config",
     "load_image_transform": "fastclip.models.factory",
     "logit_statistics": "fastclip.losses.logit_statistics",
+    "matryoshka_loss": "fastclip.losses.matryoshka",
     "multiview_loss": "fastclip.losses.multiview",
     "sigmoid_loss": "fastclip.losses.sigmoid",
 }
