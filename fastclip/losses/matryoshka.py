@@ -13,7 +13,7 @@ from fastclip.distributed import check_group, meet, reported
 from fastclip.losses.arguments import check_features, describe, number
 from fastclip.losses.contrastive import contrastive_loss
 
-__all__ = ["check_prefixes", "matryoshka_loss"]
+__all__ = ["matryoshka_loss"]
 
 
 def matryoshka_loss(
@@ -53,7 +53,7 @@ def matryoshka_loss(
     group, equal_shards = check_group(options.get("group")), options.get("equal_shards", False)
     with reported(group, equal_shards, image_features):
         check_features(image_features, text_features, paired=False, backend=None, may_be_empty=True)
-        sizes = check_prefixes(prefixes)
+        sizes = _check_prefixes(prefixes)
         if max(sizes) > image_features.shape[1]:
             features = describe("image_features", image_features)
             raise ValueError(f"prefixes must be at most D, got {max(sizes)} for {features}")
@@ -71,17 +71,17 @@ def matryoshka_loss(
     return total
 
 
-def check_prefixes(prefixes: Any, name: str = "prefixes") -> tuple[int, ...]:
-    """Return the lengths of prefixes, the values of option `name`. Raise unless they are distinct positive integers."""
+def _check_prefixes(prefixes: Any) -> tuple[int, ...]:
+    """Return the lengths of the prefixes. Raise unless they are distinct positive integers."""
     if not isinstance(prefixes, Iterable):
-        raise TypeError(f"{name} must be several integers, such as (64, 128), got {type(prefixes).__name__}")
+        raise TypeError(f"prefixes must be several integers, such as (64, 128), got {type(prefixes).__name__}")
     sizes = []
     for d in prefixes:
         if isinstance(d, bool) or not hasattr(d, "__index__"):
-            raise TypeError(f"{name} must be integers, got {type(d).__name__}")
+            raise TypeError(f"prefixes must be integers, got {type(d).__name__}")
         sizes.append(operator.index(d))
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ValueError(f"{name} must be distinct integers of at least 1, got {tuple(sizes)}")
+        raise ValueError(f"prefixes must be distinct integers of at least 1, got {tuple(sizes)}")
     return tuple(sizes)
 
 

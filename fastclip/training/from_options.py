@@ -25,7 +25,16 @@ _COMPILED = ("cuda",)  # types of devices on which --compile is the default
 
 
 def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
-    """Return `options` with None replaced by the recipe of the model's authors, except options that depend on data."""
+    """Return `options` with None replaced by the recipe of the model's authors, except options that depend on data.
+
+    Raises:
+        ValueError: a prefix is longer than the model's features.
+    """
+    if options.prefixes is not None and max(options.prefixes) > config.embed_dim:
+        raise ValueError(
+            f"--prefixes must be at most {config.embed_dim}, the length of the features of {options.model}, "
+            f"got {max(options.prefixes)}"
+        )
     recipe = config.train_cfg
     loss = options.loss or recipe.loss
     smoothing = recipe.label_smoothing if loss == recipe.loss else 0.1 if loss == "align" else 0.0
@@ -67,6 +76,7 @@ def build_loss(options: TrainOptions, world: World) -> NamedLoss:
         options.loss,
         label_smoothing=options.label_smoothing,
         image_weight=options.image_weight,
+        prefixes=options.prefixes,
         group=world.group,
         comm=options.comm,
         equal_shards=options.batch_size % world.ranks == 0,

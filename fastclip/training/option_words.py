@@ -27,6 +27,7 @@ _NAMED = {
     "output": "DIR",
     "max_bad": "SHARE",
     "betas": "BETA1 BETA2",
+    "prefixes": "N [N ...]",
     "wandb": "PROJECT",
     "timeout": "SECONDS",
 }

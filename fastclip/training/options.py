@@ -62,6 +62,9 @@ class TrainOptions:
     image_weight: float | None = None
     """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
     losses)."""
+    prefixes: tuple[int, ...] | None = None
+    """Lengths of prefixes of the features, such as 64 128 512. The loss is the sum of the losses of these prefixes, so
+    that features can later be cut to any of these lengths (default: the loss of the whole features alone)."""
     comm: Literal["gather", "ring"] = "gather"
     """Exchange of features between processes for the loss: with gather, every process holds the text features of the
     whole batch; with ring, it holds the text features of two processes at a time, one in use and one in transfer, which
@@ -188,6 +191,9 @@ class TrainOptions:
             raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas must be at least 0 and below 1, got {self.betas}")
+        lengths = (1,) if self.prefixes is None else self.prefixes
+        if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
+            raise ValueError(f"--prefixes must be distinct numbers of at least 1, got {lengths}")
         if self.lock_image and self.lock_text:
             raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
         if not 0 <= self.patch_dropout < 1:

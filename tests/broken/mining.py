@@ -36,7 +36,7 @@ PROMISES = [
                 new="blocks, k)",
             ),
             Break(
-                "mining: no margin for a text that is infinite",
+                "mining: a text that is infinite makes all others equal",
                 "fastclip/losses/hard_negatives.py",
                 old="torch.where(x.isfinite(), x, 0.0) for x in map(norms",
                 new="x for x in map(norms",

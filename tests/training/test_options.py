@@ -21,6 +21,7 @@ LEAST = ["--data", "digits", "--model", "ViT-tiny", "--output", "runs/x"]
 
 def test_options_of_a_command_line() -> None:
     options = parse_options([*LEAST, "--batch-size", "1024", "--betas", "0.9", "0.95", "--compile", "--loss", "unicl"])
+    assert parse_options([*LEAST, "--prefixes", "64", "128", "--seed", "3"]).prefixes == (64, 128)
     assert options == TrainOptions(
         data="digits",
         model="ViT-tiny",
@@ -53,6 +54,7 @@ def test_options_survive_their_file(tmp_path: Path) -> None:
         keep=None,
         betas=(0.5, 0.75),
         eps=1e-12,
+        prefixes=(64, 16),
         lock_text=True,
     )
     write_options(options, tmp_path / "config.yaml")
@@ -111,6 +113,7 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
             ("label_smoothing", -0.1),
             ("image_weight", 2.0),
             ("betas", (0.9, 1.0)),
+            *(("prefixes", ()), ("prefixes", (0, 8)), ("prefixes", (8, 8))),
             *(("ema", 1.0), ("lr", math.inf), ("weight_decay", math.inf), ("weight_decay", math.nan)),
             *(("timeout", math.inf), ("timeout", 1e30), ("timeout", math.nan)),
             ("seed", 2**63),

@@ -174,9 +174,10 @@ def test_micro_batches_make_the_same_update(loss: str) -> None:
         assert float((a - b).norm()) <= 2e-4 * float(a.norm()) + 2e-7, name
 
 
-def dense(loss: str, model: DualEncoder, whole: Batch) -> Tensor:
-    """Compute the papers' formulas over the matrix of logits in fp64."""
+def dense(loss: str, model: DualEncoder, whole: Batch, prefix: int | None = None) -> Tensor:
+    """Compute the papers' formulas over the matrix of logits of a prefix of the features in fp64."""
     image, text, scale, *bias = copy.deepcopy(model).double()(whole.images.double(), whole.ids)
+    image, text = (nn.functional.normalize(x[:, :prefix], dim=1) for x in (image, text))
     z = scale * image @ text.T
     same = whole.labels[:, None] == whole.labels if loss == "unicl" else torch.eye(B, dtype=torch.bool)
     if loss == "siglip":
@@ -199,6 +200,18 @@ def test_losses_are_those_of_the_papers(loss: str) -> None:
     assert Stepper(model, model, spec, optimizer, ALONE).step([batch()], step=0).loss == pytest.approx(
         expected, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("size", [B, 5])
+def test_prefixes_add_their_losses(loss: str, size: int) -> None:
+    """The loss is the sum over prefixes, whole or in micro-batches."""
+    spec = named_loss(loss, label_smoothing=0.1 if loss == "align" else 0.0, prefixes=(16, 3, 64))
+    model = tiny(init_logit_scale=spec.init_logit_scale, init_logit_bias=spec.init_logit_bias)
+    expected = sum(float(dense(loss, model, batch(), d).detach()) for d in (16, 3, 64))
+    optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.1)
+    report = Stepper(model, model, spec, optimizer, ALONE).step(cut(batch(), size), step=0)
+    assert report.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_accuracy_is_that_of_the_batch() -> None:

@@ -126,6 +126,17 @@ def test_steps_agree_with_the_dense_loss(tmp_path: Path, loss: str) -> None:
     assert_near(fused.losses, dense.losses)
 
 
+def test_prefixes_are_trained(tmp_path: Path) -> None:
+    """The loss is the sum of the losses of both prefixes, and both change the weights."""
+    chosen = {"a": (64,), "b": (8,), "c": (8, 64), "d": None}
+    runs = {name: train(options(tmp_path / name, prefixes=prefixes, warmup=0)) for name, prefixes in chosen.items()}
+    first = {name: run.losses[0] for name, run in runs.items()}
+    assert first["c"] == pytest.approx(first["a"] + first["b"], rel=1e-6) and abs(first["a"] - first["b"]) > 0.01
+    assert_near(runs["a"].losses, runs["d"].losses)  # all 64 features
+    assert runs["c"].losses[-1] != pytest.approx(runs["a"].losses[-1] + runs["b"].losses[-1], rel=1e-4)
+    assert read_options(tmp_path / "c" / "config.yaml").prefixes == (8, 64)
+
+
 def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
     run = train(options(tmp_path, model="align-tiny", loss=None, context_length=None, max_steps=2))
     found = read_options(tmp_path / "config.yaml")
@@ -271,6 +282,7 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
         ({"backend": "abacus"}, "'abacus' is unknown"),
         ({"features_on": "cpu", "micro_batch": B}, "requires gradient caching: set --micro-batch"),
         ({"loss": "siglip", "label_smoothing": 0.1}, "no label smoothing"),
+        ({"prefixes": (16, 65)}, "--prefixes must be at most 64, the length of the features of ViT-tiny, got 65"),
         ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
     ):
         with pytest.raises((ValueError, OSError), match=message):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.matryoshka import matryoshka_loss
 from fastclip.losses.sigmoid import sigmoid_loss
 
 __all__ = ["NamedLoss", "named_loss"]
@@ -29,6 +30,7 @@ def named_loss(
     *,
     label_smoothing: float = 0.0,
     image_weight: float | None = None,
+    prefixes: Sequence[int] | None = None,
     group: Any = None,
     comm: str = "gather",
     equal_shards: bool = False,
@@ -41,23 +43,29 @@ def named_loss(
         label_smoothing, image_weight, group, comm, equal_shards, backend: arguments of `fastclip.contrastive_loss`. An
             image_weight of None means 0.75 for convirt and 0.5 otherwise. The siglip loss has neither label_smoothing
             nor image_weight.
+        prefixes: lengths of prefixes of the features; the loss is then the sum of the losses of these prefixes
+            (`fastclip.matryoshka_loss`).
 
     Raises:
         ValueError: the name is unknown, or the siglip loss is given one of the two options that it does not have.
     """
     shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
 
+    def total(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> Tensor:
+        if prefixes is None:
+            value: Tensor = function(*inputs, **options, **shared)
+            return value
+        return matryoshka_loss(*inputs, prefixes=prefixes, loss=function, **options, **shared)
+
     def contrastive(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if name == "unicl" else {}
         weight = (0.75 if name == "convirt" else 0.5) if image_weight is None else image_weight
-        value = contrastive_loss(
-            image, text, scale, label_smoothing=label_smoothing, image_weight=weight, **pairs, **shared
-        )
-        assert isinstance(value, Tensor)
+        options = {"label_smoothing": label_smoothing, "image_weight": weight, **pairs}
+        value = total(contrastive_loss, image, text, scale, **options)
         return 2 * value if name == "align" else value  # Jia et al. 2021, equations 1 and 2: the sum of both directions
 
     def sigmoid(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return sigmoid_loss(image, text, scale, bias, **shared)
+        return total(sigmoid_loss, image, text, scale, logit_bias=bias)
 
     if name == "siglip":  # Zhai et al. 2023, section 3.2
         if label_smoothing or image_weight is not None:
