@@ -15,6 +15,7 @@ from fastclip.system.lazy import lazy_names
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
     from fastclip.losses.contrastive import contrastive_loss
+    from fastclip.losses.global_contrastive import GlobalContrastiveLoss
     from fastclip.losses.hard_negatives import HardestNegatives, hardest_negatives
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
     from fastclip.losses.matryoshka import matryoshka_loss
@@ -32,6 +33,7 @@ __all__ = [
     "ClipLoss",
     "ContrastiveStats",
     "DualEncoder",
+    "GlobalContrastiveLoss",
     "HardestNegatives",
     "LogitStatistics",
     "SigLipLoss",
@@ -56,6 +58,7 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.modules",
     "ContrastiveStats": "fastclip.losses.stats",
     "DualEncoder": "fastclip.models.dual_encoder",
+    "GlobalContrastiveLoss": "fastclip.losses.global_contrastive",
     "HardestNegatives": "fastclip.losses.hard_negatives",
     "LogitStatistics": "fastclip.losses.logit_statistics",
     "SigLipLoss": "fastclip.losses.modules",
