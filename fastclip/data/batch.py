@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastclip.data.faults import Fault
@@ -19,3 +20,4 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,) int64, not negative
     keys: tuple[str, ...]  # (B,) names by which messages refer to the samples
     skipped: tuple[Fault, ...] = ()  # samples that could not be used and were replaced by others
+    samples: Tensor = torch.empty(0, dtype=torch.int64)  # (B,) int64, `sample_position` of the samples; may be missing

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastclip._backends.problem import Side
-from fastclip.distributed import Shards, check_comm, check_group, gather_rows, reported, sharded_statistics
+from fastclip.distributed import Shards, check_comm, check_group, gather_rows, reported
 from fastclip.losses.arguments import can_be_read, describe, flag, number
-from fastclip.losses.contrastive import batch_size, prepare
-from fastclip.ops import batched, contrastive_statistics
+from fastclip.losses.contrastive import batch_size, prepare, statistics_of
+from fastclip.ops import batched
 
 __all__ = ["GlobalContrastiveLoss"]
 
@@ -155,10 +155,7 @@ class GlobalContrastiveLoss(nn.Module):
         N, _ = batch_size(batch.problem.image, batch.problem.text, shards)
         if N < 2:
             raise ValueError("the global loss needs at least two pairs in a batch: a single pair has no negative")
-        if shards is None:
-            sides = contrastive_statistics(batch.problem, self.backend)
-        else:
-            sides = sharded_statistics(batch.problem, shards, self.comm, self.backend)
+        sides = statistics_of(batch, self.comm, self.backend)
         assert batch.counts is not None
         repeats, _ = batch.counts  # the same for images and texts
         negatives = N - repeats

@@ -77,7 +77,7 @@ def doubts(
     assert steps is not None and warmup is not None and lr is not None
     if options.batch_size == 1 and options.loss != "siglip":
         yield "--batch-size 1: the loss of one pair is always 0, so nothing is learned"
-    if samples < options.batch_size and not with_labels:
+    if samples < options.batch_size and not with_labels and options.loss != "global":  # it leaves repeats out
         yield (
             f"a batch of {options.batch_size} from {samples} samples repeats some, and the {options.loss} loss treats "
             "repeats as negatives: --loss unicl treats them as positives"

@@ -15,9 +15,19 @@ from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model
 from fastclip.training.options import TrainOptions
 from fastclip.training.ranks import World, of_all_ranks, one_for_all, shards
-from fastclip.training.step.losses import NamedLoss, named_loss
+from fastclip.training.step.losses import NamedLoss, cosine_gamma, named_loss
 
-__all__ = ["Towers", "build_loss", "build_model", "placed", "resolve", "resolve_compile", "served_by", "tower_dtype"]
+__all__ = [
+    "Towers",
+    "build_loss",
+    "build_model",
+    "gamma_of",
+    "placed",
+    "resolve",
+    "resolve_compile",
+    "served_by",
+    "tower_dtype",
+]
 
 logger = logging.getLogger(__name__)
 _CONVOLUTIONAL = (ResNetConfig, EfficientNetConfig)  # other towers only embed and merge patches by convolutions
@@ -45,6 +55,10 @@ def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
         "lr": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
     }
+    if loss == "global":
+        defaults |= {"gamma": 0.2, "gamma_schedule": "cosine"}  # Wei et al. 2024, on CC3M
+        if options.temperature is None:
+            defaults["rho"] = 6.5
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 
@@ -69,10 +83,14 @@ def tower_dtype(options: TrainOptions) -> torch.dtype | None:
     return torch.bfloat16 if options.precision == "bf16" else None
 
 
-def build_loss(options: TrainOptions, world: World) -> NamedLoss:
-    """Build the loss over all processes from options that `resolve` has completed."""
+def build_loss(options: TrainOptions, world: World, *, samples: int | None = None) -> NamedLoss:
+    """Build the loss over all processes from options that `resolve` has completed.
+
+    Args:
+        samples: number of different samples of the dataset, which the global loss needs.
+    """
     assert options.loss is not None and options.label_smoothing is not None
-    return named_loss(
+    loss = named_loss(
         options.loss,
         label_smoothing=options.label_smoothing,
         image_weight=options.image_weight,
@@ -81,7 +99,19 @@ def build_loss(options: TrainOptions, world: World) -> NamedLoss:
         comm=options.comm,
         equal_shards=options.batch_size % world.ranks == 0,
         backend=options.backend,
+        samples=samples,
+        rho=options.rho,
+        temperature=options.temperature,
     )
+    if loss.module is not None:
+        loss.module.to(world.device if options.features_on == "device" else "cpu")
+    return loss
+
+
+def gamma_of(options: TrainOptions, epoch: int, epochs: int) -> float:
+    """Return the gamma of the global loss in an epoch, counted from 0, of a run of `epochs`."""
+    assert options.gamma is not None
+    return options.gamma if options.gamma_schedule == "constant" else cosine_gamma(epoch, epochs / 2, options.gamma)
 
 
 class Towers(NamedTuple):

@@ -19,7 +19,7 @@ from fastclip.training.option_words import OptionWords, parse_dataclass
 
 __all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 
-Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
+Loss = Literal["clip", "unicl", "align", "convirt", "siglip", "global"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,28 @@ class TrainOptions:
     loss: Loss | None = None
     """Training loss. `clip` is the softmax loss in both directions, `unicl` treats all pairs of one label as positives,
     `align` adds label smoothing and sums the directions, `convirt` weights the directions and fixes the temperature,
-    and `siglip` is the pairwise sigmoid loss (default: unicl for Florence models, align for ALIGN models, clip for all
-    other listed models)."""
+    `siglip` is the pairwise sigmoid loss, and `global` estimates the loss over the whole dataset with running means of
+    each pair, for small batches (SogCLR, FastCLIP) (default: unicl for Florence models, align for ALIGN models, clip
+    for all other listed models)."""
     label_smoothing: float | None = None
-    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses,
-    unless the train_cfg of a configuration file given as --model sets another value)."""
+    """Label smoothing of the loss, from 0 to 1; siglip and global have none (default: 0.1 for align and 0 for the other
+    losses, unless the train_cfg of a configuration file given as --model sets another value)."""
     image_weight: float | None = None
-    """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
-    losses)."""
+    """Weight of the image-to-text direction, from 0 to 1; siglip and global have none (default: 0.75 for convirt, 0.5
+    for the other losses)."""
     prefixes: tuple[int, ...] | None = None
     """Lengths of prefixes of the features, such as 64 128 512. The loss is the sum of the losses of these prefixes, so
-    that features can later be cut to any of these lengths (default: the loss of the whole features alone)."""
+    that features can later be cut to any of these lengths; not for global (default: the loss of the whole features
+    alone)."""
+    gamma: float | None = None
+    """Weight of the batch in the running means of the global loss, above 0 and at most 1 (default: 0.2)."""
+    gamma_schedule: Literal["constant", "cosine"] | None = None
+    """Course of --gamma: constant, or falling with each epoch from 1 to --gamma along a cosine, which it reaches after
+    half of the epochs (default: cosine)."""
+    rho: float | None = None
+    """Margin of the global loss that keeps its learned temperature low, at least 0 (default: 6.5)."""
+    temperature: float | None = None
+    """Fixed temperature of the global loss, from 0.01 to 1, in place of a learned one with --rho (default: learned)."""
     comm: Literal["gather", "ring"] = "gather"
     """Exchange of features between processes for the loss: with gather, every process holds the text features of the
     whole batch; with ring, it holds the text features of two processes at a time, one in use and one in transfer, which
@@ -194,6 +205,15 @@ class TrainOptions:
         lengths = (1,) if self.prefixes is None else self.prefixes
         if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
             raise ValueError(f"--prefixes must be distinct numbers of at least 1, got {lengths}")
+        of_global = ("gamma", "gamma_schedule", "rho", "temperature")
+        if self.loss != "global" and (given := [name for name in of_global if getattr(self, name) is not None]):
+            raise ValueError(f"{flag(given[0])} belongs to --loss global: leave it out, or choose that loss")
+        if self.rho is not None and self.temperature is not None:
+            raise ValueError("--rho has no effect on a fixed --temperature: leave one of them out")
+        if self.loss == "global" and self.prefixes is not None:
+            raise ValueError("--loss global has no --prefixes: leave them out, or choose another loss")
+        if self.loss == "global" and self.batch_size == 1:
+            raise ValueError("--loss global needs a --batch-size of at least 2: a single pair has no negative")
         if self.lock_image and self.lock_text:
             raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
         if not 0 <= self.patch_dropout < 1:
@@ -258,12 +278,15 @@ _AT_LEAST_ONE = (
 _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_AT_LEAST_ONE, lambda value: value >= 1),
     "finite and not negative": (
-        ("seed", "workers", "warmup", "weight_decay", "keep_graphs"),
+        ("seed", "workers", "warmup", "weight_decay", "keep_graphs", "rho"),
         lambda value: 0 <= value < math.inf,
     ),
     "below 2**63": (("seed",), lambda value: value < 2**63),
     "finite and above 0": (("epochs", "lr", "eps", "timeout"), lambda value: 0 < value < math.inf),
     "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity is allowed: it clips nothing
+    "above 0 and at most 1": (("gamma",), lambda value: 0 < value <= 1),
+    # The scale of the logits, 1 / temperature, stays between 1 and 100
+    "between 0.01 and 1": (("temperature",), lambda value: 0.01 <= value <= 1),
     "between 0 and 1": (("label_smoothing", "image_weight", "max_bad"), lambda value: 0 <= value <= 1),
 }
 

@@ -20,6 +20,7 @@ from fastclip.data.identity import fingerprint
 from fastclip.data.loading.order import Order
 from fastclip.data.loading.workers import naming_dead_workers
 from fastclip.data.picture import pixels_limited
+from fastclip.data.sources.mixture import sample_count
 from fastclip.data.spec import open_source
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
@@ -30,7 +31,15 @@ from fastclip.system.durable import new_folder
 from fastclip.system.owner import output_path
 from fastclip.system.rounding import ceil_div
 from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
-from fastclip.training.from_options import build_loss, build_model, resolve, resolve_compile, served_by, tower_dtype
+from fastclip.training.from_options import (
+    build_loss,
+    build_model,
+    gamma_of,
+    resolve,
+    resolve_compile,
+    served_by,
+    tower_dtype,
+)
 from fastclip.training.options import TrainOptions, write_options
 from fastclip.training.planning.choose import settle
 from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
@@ -108,7 +117,7 @@ class _Trainer:
         self.val_source = None if options.val_data is None else open_source(options.val_data, held_out=True)
 
         self.backend = served_by(self.options, world.device)
-        self.loss = build_loss(self.options, world)
+        self.loss = build_loss(self.options, world, samples=sample_count(self.source))
         self.model = build_model(self.options, self.loss, world)
         assert self.model.config is not None
         self.config = self.model.config
@@ -181,6 +190,7 @@ class _Trainer:
             update=self._update,
             hint="--resume auto continues the run",
             ema=self.stepper.ema,
+            loss=self.loss.module,
             about=about,
             validate=None if self.val_source is None else self._validate,
             val_every=self.options.val_every,
@@ -281,6 +291,9 @@ class _Trainer:
         if step == self.first:
             labels = [micro_batch.labels for micro_batch in batch]
             _warn(doubts_of_labels(labels, self.options.loss, with_labels=self.loss.with_labels))
+        if self.loss.module is not None:
+            epoch, epochs = self.order.position(step)[0], self.order.position(self.steps - 1)[0] + 1
+            self.loss.module.gamma = gamma_of(self.options, epoch, epochs)
         with nullcontext() if self.compilation is None else self.compilation.of_step(step):
             report = self.stepper.step(batch, step=step, accuracy=logged, status=status)
         values = {}

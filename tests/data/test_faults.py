@@ -344,7 +344,7 @@ def batches(source: Source, **options: int) -> list[Batch]:
     ]
     steps = []
     for step in range(len(shares[0])):
-        images, ids, labels, keys, skipped = zip(*(batch for share in shares for batch in share[step]), strict=True)
+        images, ids, labels, keys, skipped, _ = zip(*(batch for share in shares for batch in share[step]), strict=True)
         steps.append(Batch(torch.cat(images), torch.cat(ids), torch.cat(labels), sum(keys, ()), sum(skipped, ())))
     return steps
 

@@ -78,15 +78,16 @@ def global_batches(**options: Any) -> list[Batch]:
 
 
 def join(batches: list[Batch]) -> Batch:
-    images, ids, labels, keys, skipped = zip(*batches, strict=True)
-    return Batch(torch.cat(images), torch.cat(ids), torch.cat(labels), sum(keys, ()), sum(skipped, ()))
+    images, ids, labels, keys, skipped, samples = zip(*batches, strict=True)
+    tensors = map(torch.cat, (images, ids, labels))
+    return Batch(*tensors, sum(keys, ()), sum(skipped, ()), torch.cat(samples))
 
 
 def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a[:3], b[:3], strict=True))
-        assert a.keys == b.keys and a.skipped == b.skipped
+        assert a.keys == b.keys and a.skipped == b.skipped and torch.equal(a.samples, b.samples)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # torch warns on two cores
@@ -129,7 +130,7 @@ def test_batches_are_the_orders_samples_with_their_captions() -> None:
     for step, batch in enumerate(global_batches()):
         drawn = [draw.sample for draw in order.draws(step, 0, 5)]
         assert batch.keys == tuple(f"gradient {k}" for k in drawn)
-        assert batch.ids[:, 0].tolist() == drawn
+        assert batch.ids[:, 0].tolist() == batch.samples.tolist() == drawn
         assert batch.images.dtype == torch.float32 and batch.labels.dtype == batch.ids.dtype == torch.int64
 
 

@@ -25,7 +25,7 @@ from fastclip.data import Record, evaluation_batches, open_source, training_batc
 from fastclip.data.faults import Tally
 from fastclip.data.loading.order import Order
 from fastclip.data.loading.watchdog import Watch
-from fastclip.data.sources.mixture import Mixture
+from fastclip.data.sources.mixture import Mixture, sample_count, sample_position
 
 
 class Numbers:
@@ -97,6 +97,28 @@ def test_mixture_reads_and_tells_the_same_sample() -> None:
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
             source.captions(index)
+
+
+def test_position_of_a_sample_is_the_same_in_every_epoch() -> None:
+    source = mixture(a=(10, "0.5"), b=(4, "2"), c=(3, "1"))
+    assert sample_count(source) == source.samples == 17 and sample_count(Numbers("a", 5)) == 5
+    positions = {}
+    for epoch in range(3):
+        for index in range(len(source)):
+            position = sample_position(source, index, epoch)
+            assert positions.setdefault(source.key(index, epoch=epoch), position) == position
+    assert sorted(positions.values()) == [*range(17)] and sample_position(Numbers("a", 5), 3, epoch=2) == 3
+    twice = Numbers("a", 5)  # one source, joined with itself
+    source = Mixture("spec", [twice, twice], [Fraction(1), Fraction(1)])
+    assert source.samples == 5 and source.position(7) == 2
+
+
+def test_batches_of_a_mixture_have_the_positions_of_their_samples() -> None:
+    source = mixture(a=(10, "0.5"), b=(4, "2"))
+    batches = training_batches(source, ToTensor(), lambda texts: torch.zeros(len(texts), 1), batch_size=13, last_step=3)
+    for epoch, (batch,) in enumerate(batches):
+        names = [key.split() for key in batch.keys]
+        assert batch.samples.tolist() == [int(k) + 10 * (name == "b") for name, k in names], epoch
 
 
 def test_reader_of_a_mixture_is_named_with_what_its_epoch_drew() -> None:

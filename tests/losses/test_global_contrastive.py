@@ -96,7 +96,7 @@ def test_gradient_is_that_of_the_dataset_s_loss(gamma: float) -> None:
 
 @pytest.mark.parametrize("direction", [-1.0, 1.0], ids=["g is e^200", "g is e^-200"])
 def test_estimators_do_not_overflow(direction: float) -> None:
-    """At scale 100, g reaches exp(200) and exp(-200), beyond float32. State, loss and gradients keep their digits."""
+    """State, loss and gradients keep their digits at scale 100, where g reaches exp(200) and exp(-200)."""
     generator = torch.Generator().manual_seed(0)
     axis = F.normalize(torch.randn(D, generator=generator), dim=0)
     side = torch.tensor([1.0, -1.0]).repeat(N // 2)[:, None]

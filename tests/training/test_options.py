@@ -112,6 +112,7 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
             ("timeout", 0.0),
             ("label_smoothing", -0.1),
             ("image_weight", 2.0),
+            *(("gamma", 0.0), ("gamma", 1.5), ("rho", -1.0), ("rho", math.nan), ("temperature", 0.001)),
             ("betas", (0.9, 1.0)),
             *(("prefixes", ()), ("prefixes", (0, 8)), ("prefixes", (8, 8))),
             *(("ema", 1.0), ("lr", math.inf), ("weight_decay", math.inf), ("weight_decay", math.nan)),

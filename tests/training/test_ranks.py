@@ -39,6 +39,7 @@ W, STEPS = 2, 5
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"val_data": "digits"},
     "ddp, micro-batches, ring": {"micro_batch": 5, "comm": "ring", "loss": "siglip"},
+    "ddp, global, micro-batches": {"loss": "global", "micro_batch": 90, "batch_size": 720},
     "ddp, unequal shards": {"batch_size": 25, "micro_batch": 7, "prefixes": (16, 64)},
     "ddp, one rank without caching, locked": {"batch_size": 25, "micro_batch": 12, "lock_image": True},
     "fsdp": {"parallel": "fsdp"},

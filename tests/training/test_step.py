@@ -18,13 +18,13 @@ from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
 from fastclip.training.options import Loss
 from fastclip.training.ranks import World
-from fastclip.training.step.losses import named_loss
+from fastclip.training.step.losses import NamedLoss, named_loss
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import build_optimizer, clip_gradients, gradient_norm, parameter_groups, warmup_cosine
 from fastclip.training.step.update import Stepper, seed_step
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-B, L = 12, 8
+B, L, SAMPLES = 12, 8, 20
 
 
 def tiny(name: str = "ViT-tiny", **options: Any) -> DualEncoder:
@@ -37,7 +37,8 @@ def batch(seed: int = 0, size: int = B) -> Batch:
     images = torch.randn(size, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 400, (size, L), generator=generator)
     labels = torch.randint(0, 5, (size,), generator=generator)
-    return Batch(images, ids, labels, tuple(f"pictures/{k}.jpg" for k in range(size)))
+    keys = tuple(f"pictures/{k}.jpg" for k in range(size))
+    return Batch(images, ids, labels, keys, samples=torch.randperm(SAMPLES, generator=generator)[:size])
 
 
 def cut(whole: Batch, size: int) -> list[Batch]:
@@ -48,7 +49,11 @@ def cut(whole: Batch, size: int) -> list[Batch]:
 def stepper(model: DualEncoder, loss: str = "clip", *, lr: float = 1e-3, **options: Any) -> Stepper:
     choice = {"weight_decay": options.pop("decay", 0.1), "eps": options.pop("eps", 1e-6)}
     optimizer = build_optimizer(options.pop("optimizer", "adamw"), model, lr=lr, **choice)
-    return Stepper(model, model, named_loss(loss), optimizer, ALONE, **options)
+    return Stepper(model, model, of_name(loss), optimizer, ALONE, **options)
+
+
+def of_name(loss: str, **options: Any) -> NamedLoss:
+    return named_loss(loss, **options, **({"samples": SAMPLES} if loss == "global" else {}))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -118,6 +123,8 @@ def test_unknown_optimiser_and_loss_are_named() -> None:
         named_loss("info")
     with pytest.raises(ValueError, match="no label smoothing"):
         named_loss("siglip", label_smoothing=0.1)
+    with pytest.raises(TypeError, match="without a known length"):
+        named_loss("global")
     with pytest.raises(ValueError, match="no image_weight"):
         named_loss("siglip", image_weight=0.0)
 
@@ -157,7 +164,7 @@ def test_average_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_micro_batches_make_the_same_update(loss: str) -> None:
-    spec = named_loss(loss)
+    spec = of_name(loss)
 
     def updated(size: int) -> tuple[DualEncoder, float, float]:
         model = tiny(init_logit_scale=spec.init_logit_scale, init_logit_bias=spec.init_logit_bias)
@@ -183,6 +190,10 @@ def dense(loss: str, model: DualEncoder, whole: Batch, prefix: int | None = None
     if loss == "siglip":
         signs = 2 * torch.eye(B, dtype=torch.float64) - 1
         return -nn.functional.logsigmoid(signs * (z + bias[0])).sum() / B
+    if loss == "global":  # of samples that are seen for the first time, without the factor tau
+        negatives = z.masked_fill(same, -torch.inf)
+        rows, columns = ((x.logsumexp(1) - z.diagonal()).mean() - math.log(B - 1) for x in (negatives, negatives.T))
+        return (rows + columns) / 2
     target = same.double() / same.sum(1, keepdim=True)
     if loss == "align":
         target = 0.9 * target + 0.1 / B
@@ -193,7 +204,7 @@ def dense(loss: str, model: DualEncoder, whole: Batch, prefix: int | None = None
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_losses_are_those_of_the_papers(loss: str) -> None:
     options = {"label_smoothing": 0.1} if loss == "align" else {}
-    spec = named_loss(loss, **options)
+    spec = of_name(loss, **options)
     model = tiny(init_logit_scale=spec.init_logit_scale, init_logit_bias=spec.init_logit_bias)
     expected = float(dense(loss, model, batch()).detach())
     optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.1)

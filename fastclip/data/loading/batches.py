@@ -19,6 +19,7 @@ from fastclip.data.loading.order import Draw, Order, mix
 from fastclip.data.loading.watchdog import Watch
 from fastclip.data.loading.workers import load, unshared
 from fastclip.data.source import Record, Source
+from fastclip.data.sources.mixture import sample_position
 from fastclip.system.plural import counted
 
 __all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"]
@@ -170,10 +171,10 @@ class _Training(Dataset[Batch]):
         self._seed, self._min_side = seed, min_side
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:
-        images, captions, labels, keys, skipped = [], [], [], [], []
+        images, captions, labels, keys, skipped, samples = [], [], [], [], [], []
         for draw in draws:
             candidates = self._candidates(draw)
-            record, image, seed, faults = _usable(
+            sample, record, image, seed, faults = _usable(
                 self._watch, self._transform, candidates, epoch=draw.epoch, min_side=self._min_side
             )
             images.append(image)
@@ -181,11 +182,13 @@ class _Training(Dataset[Batch]):
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
+            samples.append(sample_position(self._watch.source, sample, draw.epoch))
             # The other faults are those of replacements. Each is counted in the batch for which its sample is drawn.
             skipped += faults[:1]
         ids = self._tokenize(captions)
         # In a worker default_collate stacks directly into shared memory; torch.stack would need another copy.
-        return Batch(default_collate(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
+        label, sample_of = torch.tensor(labels), torch.tensor(samples)
+        return Batch(default_collate(images), ids, label, tuple(keys), tuple(skipped), sample_of)
 
     def _candidates(self, draw: Draw) -> Iterator[tuple[int, int]]:
         """Yield the sample that was drawn, then random replacements, each with a seed for its caption and transform.
@@ -206,7 +209,7 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]:
         images, used, labels, skipped = [], [], [], []
         for index in indices:
-            record, image, _, faults = _usable(self._watch, self._transform, self._candidates(max(index, 0)))
+            _, record, image, _, faults = _usable(self._watch, self._transform, self._candidates(max(index, 0)))
             images.append(image)
             used.append(-1 if faults else index)
             labels.append(-1 if record.label is None or used[-1] < 0 else record.label)
@@ -228,7 +231,7 @@ class _Pairs(Dataset[PairBatch]):
         images, captions, used, faults = [], [], [], []
         for index in indices:
             try:
-                record, image, *_ = _usable(self._watch, self._transform, [(index, mix(index))])
+                _, record, image, *_ = _usable(self._watch, self._transform, [(index, mix(index))])
             except BadSample as bad:
                 faults.append(bad.fault)
                 used.append(False)
@@ -246,13 +249,13 @@ def _usable(
     *,
     epoch: int = 0,
     min_side: int | None = None,
-) -> tuple[Record, Tensor, int, list[Fault]]:
-    """Return the first usable candidate, its transformed image, its seed, and the faults of earlier candidates."""
+) -> tuple[int, Record, Tensor, int, list[Fault]]:
+    """Return the first usable candidate's index, record, transformed image and seed, and the faults of earlier ones."""
     faults: list[Fault] = []
     for sample, seed in candidates:
         try:
             record = watch.read(sample, epoch=epoch, min_side=min_side)
-            return record, _transformed(transform, record, seed), seed, faults
+            return sample, record, _transformed(transform, record, seed), seed, faults
         except BadSample as bad:
             faults.append(bad.fault)
     if len(faults) == 1:
@@ -285,7 +288,8 @@ def _text_label(text: str) -> int:
 def _unshared(batch: Batch) -> Batch:
     images, ids, labels = map(unshared, batch[:3])
     # DataLoader's pinning may have turned the tuples into lists.
-    return Batch(images, ids, labels, tuple(batch.keys), tuple(Fault(*fault) for fault in batch.skipped))
+    skipped = tuple(Fault(*fault) for fault in batch.skipped)
+    return Batch(images, ids, labels, tuple(batch.keys), skipped, unshared(batch.samples))
 
 
 def _check(*, rank: int, ranks: int, workers: int) -> None:

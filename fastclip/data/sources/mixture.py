@@ -12,7 +12,7 @@ from fastclip.data.faults import Tally
 from fastclip.data.source import Record, Source, read_sample
 from fastclip.data.sources.subset import Borrowed
 
-__all__ = ["Mixture"]
+__all__ = ["Mixture", "sample_count", "sample_position"]
 
 _MOST = 1_000_000  # the largest weight, so that len() of a mixture stays below Python's limit of 2^63
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -52,7 +52,11 @@ class Mixture(Borrowed):
             _stride(len(source)) if draws % len(source) else 1 for source, draws in zip(sources, self._draws)
         ]
         self.passed = Tally()
+        self._starts: dict[Source, int] = {}  # positions of the sources' first samples
+        self.samples = 0  # number of different samples, drawn or not
         for source in dict.fromkeys(sources):
+            self._starts[source] = self.samples
+            self.samples += len(source)
             if (passed := getattr(source, "passed", None)) is not None:
                 self.passed.merge(passed.counts, passed.keys)
         first = sources[0]
@@ -79,6 +83,11 @@ class Mixture(Borrowed):
         source, sample = self._locate(index, epoch)
         return source.key(sample)
 
+    def position(self, index: int, *, epoch: int = 0) -> int:
+        """Return the number of a sample, below `samples`, which is the same whenever the sample is drawn."""
+        source, sample = self._locate(index, epoch)
+        return self._starts[source] + sample
+
     def _locate(self, index: int, epoch: int = 0) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)}")
@@ -87,6 +96,16 @@ class Mixture(Borrowed):
         # `turn` counts the draws from this source over all epochs, so that a fraction continues where it stopped.
         turn = epoch * draws + index - (self._ends[part] - draws)
         return source, turn * self._strides[part] % len(source)
+
+
+def sample_position(source: Source, index: int, epoch: int) -> int:
+    """Return the number of sample `index` of an epoch, the same in every epoch and below `sample_count`."""
+    return source.position(index, epoch=epoch) if isinstance(source, Mixture) else index
+
+
+def sample_count(source: Source) -> int:
+    """Return the number of different samples of a source, whether or not an epoch draws all of them."""
+    return source.samples if isinstance(source, Mixture) else len(source)
 
 
 def _stride(size: int) -> int:

@@ -3,6 +3,7 @@
     checkpoints/step-00000400/model.safetensors       parameters and buffers, by name
                               optimizer.safetensors   PARAMETER|STATE, such as visual.head.weight|exp_avg
                               ema.safetensors         with --ema
+                              loss.safetensors        with --loss global (`loss_state`)
                               state.json              step, options, parameter groups of the optimiser
                               manifest.json           size and SHA-256 of the other files, checked when a run resumes
 

@@ -37,6 +37,7 @@ from fastclip.training.run.checkpoints import (
     take_snapshot,
     write_snapshot,
 )
+from fastclip.training.run.loss_state import add_loss_state, load_loss_state
 from fastclip.training.run.metrics import Meter, Metrics, cut_metrics
 from fastclip.training.run.skipped import Skipped
 from fastclip.training.signals import Interrupted, Signals
@@ -75,6 +76,7 @@ class Loop:
     update: Callable[..., Update]  # (batch, step, logged=bool, status=() -> exit status): updates the model
     hint: str  # tells the user how to resume after a signal
     ema: MovingAverage | None = None
+    loss: nn.Module | None = None  # a loss with state, which a checkpoint holds, too
     about: dict[str, Any] = field(default_factory=dict)  # about the run, stored in each checkpoint
     validate: Callable[[], dict[str, float]] | None = None
     val_every: int | None = None  # steps between validations; the last step is always validated
@@ -105,6 +107,8 @@ class Loop:
         if path is not None:
             compare(path, ended)
             self.first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
+            if self.loss is not None:
+                load_loss_state(path, self.loss)
             self.skipped.load(read_state(path, "skipped")["skipped"], path)
             logger.info("resuming from %s, after %d of %d steps", path, self.first, self.steps)
         validated = None
@@ -249,6 +253,8 @@ class Loop:
         writes = self.world.rank == 0
         snapshot = take_snapshot(self.model, self.optimizer, step=done, about=about, ema=self.ema, writes=writes)
         if snapshot is not None:
+            if self.loss is not None:
+                add_loss_state(snapshot, self.loss)
             self.saver.start(write_snapshot, self.folder / "checkpoints", snapshot, keep=self.options.keep)
 
 

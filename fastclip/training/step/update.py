@@ -163,6 +163,9 @@ class Stepper:
         )
         labels = torch.cat([batch.labels for batch in batches])
         labels = to_device(labels, device if self.keep_on is None else torch.device(self.keep_on))
+        known_by = labels
+        if self.loss.module is not None:
+            known_by = to_device(torch.cat([batch.samples for batch in batches]), labels.device)
         features: list[Tensor] = []
 
         def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
@@ -174,7 +177,7 @@ class Stepper:
         def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
             text = text_order.in_batch_order(text)
             features.extend(x.detach() for x in (image, text, scale_and_bias[0]))
-            return self.loss.function(image, text, labels, *scale_and_bias)
+            return self.loss.function(image, text, known_by, *scale_and_bias)
 
         self.optimizer.zero_grad()
         if len(pieces) == 1 and not self.cached:
