@@ -44,6 +44,7 @@ PARTS = [
     "numbers",
     "engine",
     "work",
+    "prefixes",
     "mining",
     "few_rows",
     "interface",
