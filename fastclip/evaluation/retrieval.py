@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,12 +152,13 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
         for rows in queries.split(side):
-
-            def cosines(block: slice, rows: Tensor = rows) -> Tensor:
-                return (rows @ items[block].T).nan_to_num(-torch.inf)  # NaN comes last
-
-            found.append(largest(cosines, blocks, k, TIE))
+            found.append(largest(partial(_cosines, rows, items), blocks, k, TIE))
     return torch.cat([x.groups for x in found]), torch.cat([x.indices for x in found])
+
+
+def _cosines(queries: Tensor, items: Tensor, block: slice) -> Tensor:
+    """Return the cosines of unit rows, with -inf, which comes last, in place of NaN."""
+    return (queries @ items[block].T).nan_to_num(-torch.inf)
 
 
 @torch.no_grad()

@@ -63,11 +63,12 @@ def matryoshka_loss(
     if group is not None:  # each prefix is a call of the loss, and ranks with fewer calls would leave others waiting
         agreed = {"function": "matryoshka_loss", "prefixes": sizes, "weights": factors}
         meet(group, image_features, text_features, {}, agreed, equal_shards)
-    function = contrastive_loss if loss is None else loss
-    total: Tensor = sum(
+    function: Callable[..., Any] = contrastive_loss if loss is None else loss
+    losses = [
         factor * function(image_features[:, :d], text_features[:, :d], logit_scale, **options)
         for d, factor in zip(sizes, factors)
-    )
+    ]
+    total: Tensor = sum(losses[1:], start=losses[0])
     return total
 
 

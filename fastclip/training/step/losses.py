@@ -59,11 +59,12 @@ def named_loss(
     """
     shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
 
-    def total(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> Tensor:
-        if prefixes is None:
-            value: Tensor = function(*inputs, **options, **shared)
-            return value
-        return matryoshka_loss(*inputs, prefixes=prefixes, loss=function, **options, **shared)
+    def total(function: Callable[..., Any], image: Tensor, text: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        options |= shared
+        if prefixes is not None:
+            return matryoshka_loss(image, text, scale, prefixes=prefixes, loss=function, **options)
+        value: Tensor = function(image, text, scale, **options)
+        return value
 
     def contrastive(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if name == "unicl" else {}
