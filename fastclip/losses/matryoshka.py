@@ -90,6 +90,6 @@ def _check_weights(weights: Iterable[float] | None, count: int) -> Sequence[floa
     if weights is None:
         return [1.0] * count
     factors = [number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]
-    if len(factors) != count or not all(map(math.isfinite, factors)):
+    if len(factors) != count or not all(-math.inf < factor < math.inf for factor in factors):
         raise ValueError(f"weights must be one finite number for each of the {count} prefixes, got {factors}")
     return factors

@@ -30,12 +30,15 @@ CALLS: dict[str, Call] = {
     ),
     "sigmoid": lambda image, text, y: fastclip.sigmoid_loss(image, text, 5.0, -5.0),
     "views": lambda image, text, y: fastclip.multiview_loss([image, text, image + text], 5.0, labels=y),
+    "prefixes": lambda image, text, y: fastclip.matryoshka_loss(
+        image, text, 5.0, prefixes=(3, 8), image_labels=y, text_labels=y
+    ),
     "stats": every_statistic,
 }
 
 
 # Recording the longer calls takes seconds
-FEW = [pytest.param(name, marks=[pytest.mark.full] if name in ("views", "stats") else []) for name in CALLS]
+FEW = [pytest.param(name, marks=[pytest.mark.full] if name in ("views", "prefixes", "stats") else []) for name in CALLS]
 
 
 def inputs(N: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +95,7 @@ CHANGING: dict[str, Callable[[float, Tensor, Tensor], Tensor]] = {
     ),
     "sigmoid": lambda v, image, text: fastclip.sigmoid_loss(image, text, 10 * v, -10 * v),
     "views": lambda v, image, text: fastclip.multiview_loss([image, text, text], 10 * v, image_weight=v),
+    "prefixes": lambda v, image, text: fastclip.matryoshka_loss(image, text, 10 * v, prefixes=(3, 8), weights=(v, 1.0)),
     "stats": lambda v, image, text: fastclip.contrastive_stats(image, text, 10 * v).row_loss.mean() + image.sum(),
     "modules": lambda v, image, text: (
         fastclip.ClipLoss()(image, text, 10 * v) + fastclip.SigLipLoss()(image, text, 10 * v, -10 * v)

@@ -68,6 +68,10 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {  # fastclip's loss, the dense loss
         lambda x, s: fastclip.multiview_loss([x, TEXT, VIEW], s, core=0),
         lambda x, s: cross_entropy(logits(x, TEXT, s), OWN) + cross_entropy(logits(x, VIEW, s), OWN),
     ),
+    "prefixes": (
+        lambda x, s: fastclip.matryoshka_loss(x, TEXT, s, prefixes=(3, TEXT.shape[1])),
+        lambda x, s: sum(cross_entropy(logits(x[:, :d], TEXT[:, :d], s), OWN) for d in (3, TEXT.shape[1])),
+    ),
     "ClipLoss": (
         of_units(fastclip.ClipLoss()),
         lambda x, s: cross_entropy(logits(x, TEXT, s), OWN),
