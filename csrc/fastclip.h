@@ -98,6 +98,25 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
 int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
                              double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads);
 
+/* The loss of the rows alone, image -> text. */
+typedef struct fastclip_direction {
+  const float *image_inv_norm, *text_inv_norm; /* all r_i and all c_j; both are NULL if these are 1 */
+  double scale;
+  const int32_t *image_label, *text_label; /* NULL on both sides when there are no labels */
+  const int64_t* count;                    /* number of positives of every image; NULL without labels */
+  float* row_factor;                       /* (M,) of the block; NULL if no gradient is needed */
+} fastclip_direction;
+
+typedef struct fastclip_direction_sums {
+  double loss;    /* sum of the losses of the rows; a row without a positive has loss 0 */
+  double d_scale; /* sum_ij r_i G_ij c_j dot_ij, where G_ij is the derivative of that sum */
+} fastclip_direction_sums;
+
+/* Add the loss of a block of whole rows (j0 is 0, and N counts all texts) to *sums. With `row_factor` the block is
+ * overwritten with r_i G_ij c_j / row_factor_i. Otherwise it is not changed and only sums->loss is valid. */
+int fastclip_cpu_direction(const fastclip_block* block, const fastclip_direction* direction,
+                           fastclip_direction_sums* sums, int num_threads);
+
 /* Compute the inverse norms 1 / max(norm, 1e-12) of the rows of x (M, D), summed in fp64 and rounded once.
  *
  * Products of rows with norms above 2^40 could overflow in fp32. If `outer` is not NULL, such a row gets inv_norm 1,

@@ -124,6 +124,25 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "direction_fwd",  // returns (loss, d_scale) of the block
+      [](uintptr_t image_inv_norm, uintptr_t text_inv_norm, double scale, uintptr_t image_label, uintptr_t text_label,
+         uintptr_t count, int64_t offset, bool exclude_self, uintptr_t row_factor, uintptr_t dot, int64_t M, int64_t N,
+         int64_t i0, int num_threads) {
+        fastclip_block block = block_at(dot, N, M, N, i0, 0, offset);
+        block.exclude_self = exclude_self;
+        const fastclip_direction direction{pointer<const float>(image_inv_norm),
+                                           pointer<const float>(text_inv_norm),
+                                           scale,
+                                           pointer<const int32_t>(image_label),
+                                           pointer<const int32_t>(text_label),
+                                           pointer<const int64_t>(count),
+                                           pointer<float>(row_factor)};
+        fastclip_direction_sums sums{};
+        check(fastclip_cpu_direction(&block, &direction, &sums, num_threads));
+        return std::array<double, 2>{sums.loss, sums.d_scale};
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "norms",  // returns the number of large rows
       [](uintptr_t x, int64_t row_stride, int64_t M, int64_t D, uintptr_t inv_norm, uintptr_t outer, int num_threads) {
         int64_t large = 0;

@@ -117,7 +117,8 @@ void clear(LogSum x, int64_t size) {
   for (int64_t k = 0; k < size; ++k) x.max[k] = x.sum[k] = 0.0f;
 }
 
-double exact_logit(const Tile& t, const FwdSide& image, const FwdSide& text, int64_t i, int64_t j) {
+template <class Side>
+double exact_logit(const Tile& t, const Side& image, const Side& text, int64_t i, int64_t j) {
   const double factor = static_cast<double>(image.factor[i]) + image.factor_low[i];
   return t.dot[i * t.row_stride + j] * factor * text.factor[j];
 }

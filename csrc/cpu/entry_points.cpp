@@ -147,6 +147,29 @@ void sigmoid_fwd(const fastclip_block& b, const float* image_inv_norm, const flo
     sums->loss += part.loss, sums->d_scale += part.d_scale, sums->d_bias += part.d_bias;
 }
 
+void direction(const fastclip_block& b, const fastclip_direction& d, fastclip_direction_sums* sums, int num_threads) {
+  constexpr int64_t kDirectionRows = 8;  // rows per task
+  const TileKernels& kernels = *selected_kernels().load();
+  std::vector<float> factor(static_cast<size_t>(b.M)), factor_low(factor), ones;
+  if (d.image_inv_norm == nullptr) ones.assign(static_cast<size_t>(std::max(b.M, b.N)), 1.0f);
+  const float* r = d.image_inv_norm == nullptr ? ones.data() : d.image_inv_norm + b.i0;
+  const float* c = d.image_inv_norm == nullptr ? ones.data() : d.text_inv_norm;
+  scaled_factors(r, d.scale * 1.44269504088896340736, b.M, factor.data(), factor_low.data());
+  const bool labels = d.image_label != nullptr;
+  const DirectionSide text{c, nullptr, c, d.text_label, nullptr};
+  std::vector<DirectionSums> parts(static_cast<size_t>((b.M + kDirectionRows - 1) / kDirectionRows));
+  auto rows = [&](int64_t index) {
+    const int64_t i = index * kDirectionRows;
+    Tile tile = tile_at(b, i, 0);
+    tile.M = std::min(kDirectionRows, b.M - i), tile.N = b.N;
+    const DirectionSide image{factor.data() + i, factor_low.data() + i, r + i,
+                              labels ? d.image_label + b.i0 + i : nullptr, labels ? d.count + b.i0 + i : nullptr};
+    parts[index] = kernels.direction(tile, image, text, d.row_factor == nullptr ? nullptr : d.row_factor + i);
+  };
+  parallel_for(static_cast<int64_t>(parts.size()), num_threads, rows);
+  for (const DirectionSums& part : parts) sums->loss += part.loss, sums->d_scale += part.d_scale;
+}
+
 double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastclip_bwd_side& text, int num_threads) {
   const TileKernels& kernels = *selected_kernels().load();
   const Grid grid(b);
@@ -225,6 +248,17 @@ int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv
   return fastclip::guarded([&] {
     fastclip::sigmoid_fwd(*block, image_inv_norm, text_inv_norm, scale, bias, gradients != 0, sums, num_threads);
   });
+}
+
+int fastclip_cpu_direction(const fastclip_block* block, const fastclip_direction* direction,
+                           fastclip_direction_sums* sums, int num_threads) {
+  if (!fastclip::valid(block) || direction == nullptr || sums == nullptr || block->j0 != 0)
+    return FASTCLIP_INVALID_ARGUMENT;
+  const fastclip_direction& d = *direction;
+  if ((d.image_inv_norm == nullptr) != (d.text_inv_norm == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  if ((d.image_label == nullptr) != (d.text_label == nullptr) || (d.image_label == nullptr) != (d.count == nullptr))
+    return FASTCLIP_INVALID_ARGUMENT;
+  return fastclip::guarded([&] { fastclip::direction(*block, d, sums, num_threads); });
 }
 
 int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,

@@ -57,6 +57,18 @@ struct SigmoidSums {
   double loss = 0.0, d_scale = 0.0, d_bias = 0.0;
 };
 
+struct DirectionSide {      // images are the rows whose losses are computed
+  const float* factor;      // inverse norm, for images times scale log2(e)
+  const float* factor_low;  // images: rounding error of factor
+  const float* inv_norm;    // images: r_i, 1 if the features are not normalised
+  const int32_t* label;     // null without labels
+  const int64_t* count;     // images with labels: number of positives
+};
+
+struct DirectionSums {
+  double loss = 0.0, d_scale = 0.0;
+};
+
 struct Rows {  // (M, D) features
   const float* x;
   int64_t x_stride;
@@ -76,6 +88,8 @@ struct TileKernels {
   void (*fwd)(const Tile&, const FwdSide& image, const FwdSide& text);
   double (*bwd)(const Tile&, const BwdSide& image, const BwdSide& text);  // returns the tile's part of d_scale
   SigmoidSums (*sigmoid)(const Tile&, const SigmoidSide& image, const SigmoidSide& text, float bias, bool gradients);
+  // A tile of whole rows, of any width. row_factor: one number per row; null if no gradient is needed.
+  DirectionSums (*direction)(const Tile&, const DirectionSide& image, const DirectionSide& text, float* row_factor);
   void (*norms)(const Rows&, double* out);
   void (*finish)(const Rows&, const Finish&);
 };

@@ -12,6 +12,9 @@ Each backend is a module with the same functions:
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
     Compute the mean loss of pairs without labels and its gradients, as `reference.py` defines them. torch.autocast may
     be enabled when they run: pass ``out=`` to products, which autocast does not cast.
+``direction_fits(image, text)``, ``direction_fwd(...)``, ``direction_bwd(...)``
+    Compute the loss of the rows alone, and its gradients, in one pass over the logits. `direction_fits` returns False
+    for sizes at which that is not possible. A backend may lack all three.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ __all__ = [
     "EPS",
     "contrastive_bwd",
     "contrastive_fwd",
+    "direction_bwd",
+    "direction_fits",
+    "direction_fwd",
     "inv_norms",
     "missing",
     "norms",
@@ -25,6 +28,7 @@ __all__ = [
     "plain_fwd",
     "plain_saved",
     "refuses",
+    "row_losses",
     "sigmoid_bwd",
     "sigmoid_fwd",
     "unit_rows",
@@ -141,6 +145,15 @@ def contrastive_bwd(
 
     `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss with respect to them.
     """
+    out = zip(_wide_gradients(p, stats, grads, needs), (p.image, p.text, p.scale))
+    d_image, d_text, d_scale = (None if d is None else d.to(x.dtype) for d, x in out)
+    return d_image, d_text, d_scale
+
+
+def _wide_gradients(
+    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the results of `contrastive_bwd` in the dtype of the inverse norms."""
     dtype = stats[0].inv_norm.dtype
     rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
     d_rows, d_cols = (SideGrads(*(d.to(dtype) for d in side)) for side in grads)
@@ -156,10 +169,77 @@ def contrastive_bwd(
         at_positives = at_positives + _softmax_weights(z, cols.pos_lse, d_cols.pos_lse, 0)
     g = torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0))
     return (
-        _through_norm(s * (g @ v), u, rows.inv_norm, p.normalize).to(p.image.dtype) if needs[0] else None,
-        _through_norm(s * (g.T @ u), v, cols.inv_norm, p.normalize).to(p.text.dtype) if needs[1] else None,
-        (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
+        _through_norm(s * (g @ v), u, rows.inv_norm, p.normalize) if needs[0] else None,
+        _through_norm(s * (g.T @ u), v, cols.inv_norm, p.normalize) if needs[1] else None,
+        (g * cosine).sum() if needs[2] else None,
     )
+
+
+def row_losses(side: Side, count: Tensor | None) -> Tensor:
+    """Return the loss of each row (M,), or of each column (N,), from the statistics of that side.
+
+    count: number of positives, or None for one each.
+
+    Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
+    softplus(neg - q) + q - pos / count. When the loss is close to 0, softplus and its derivative keep their relative
+    accuracy, whereas the difference of log-sum-exp and logit, and its derivative softmax - 1, would be rounding errors.
+    With a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its
+    rounding error would exceed a small loss.
+    """
+    if count is None:
+        return _softplus(side.neg - side.pos)
+    has_positive = count > 0
+    # Rows without a positive get constant inputs before softplus, because its gradient at -inf - -inf is NaN.
+    q = torch.where(has_positive, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
+    loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)
+    mean_pos = side.pos / count.clamp_min(1)
+    loss = loss + torch.where(count > 1, torch.where(has_positive, side.pos_lse, 0.0) - mean_pos, 0.0)
+    return torch.where(has_positive, loss, 0.0)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp x). torch's default threshold would return x itself above 20."""
+    return F.softplus(x, threshold=64)
+
+
+def _row_derivatives(side: Side, count: Tensor | None) -> SideGrads:
+    """Return the derivatives of the `row_losses` with respect to the statistics."""
+    if count is None:
+        d_neg = torch.sigmoid(side.neg - side.pos)
+        return SideGrads(d_neg, -d_neg, side.pos_lse)
+    q = torch.where(count > 0, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
+    x = torch.where(count > 0, side.neg, -torch.inf) - q
+    d_neg = torch.sigmoid(x)
+    d_pos = torch.where(count > 1, -1.0 / count.clamp_min(1), torch.where(count == 1, -d_neg, 0.0))
+    return SideGrads(d_neg, d_pos, torch.where(count > 1, torch.sigmoid(-x), 0.0))
+
+
+def direction_fits(image: Tensor, text: Tensor) -> bool:
+    return True
+
+
+def direction_fwd(
+    p: Problem, count: Tensor | None, divisor: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Return the sum of the rows' losses / divisor, () in `dtype`, and the gradients of image, text and scale.
+
+    count: number of positives of every row, int64 (M,), or None without labels. divisor: int64 (). A gradient that
+    `needs` excludes is None. The gradients of the features have `saved_dtype`.
+    """
+    stats = rows, cols = contrastive_fwd(p)
+    loss = (row_losses(rows, count).sum() / divisor).to(dtype)
+    if not any(needs):
+        return loss, None, None, None
+    d_rows = SideGrads(*(d / divisor for d in _row_derivatives(rows, count)))
+    d_cols = SideGrads(*(torch.zeros_like(x) for x in (cols.neg, cols.pos, cols.pos_lse)))
+    grads = _wide_gradients(p, stats, (d_rows, d_cols), needs)
+    dtypes = saved_dtype(p.image), saved_dtype(p.text), p.scale.dtype
+    return loss, *(None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes))
+
+
+def direction_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients from `direction_fwd` times d_loss (), in the dtypes of the three inputs."""
+    return sigmoid_bwd(inputs, kept, d_loss)
 
 
 def plain_saved(N: int) -> int:
@@ -177,7 +257,7 @@ def plain_fwd(
     texts of softplus(col_neg - col_pos).
     """
     sides = contrastive_fwd(Problem(image, text, scale, normalize=normalize))
-    rows, cols = (F.softplus(side.neg - side.pos, threshold=64).mean() for side in sides)
+    rows, cols = (row_losses(side, None).mean() for side in sides)
     loss = image_weight * rows + (1.0 - image_weight) * cols
     saved = [x.double() for side in sides for x in (side.neg, side.pos, side.inv_norm)]
     return loss.float(), torch.cat(saved).view(torch.float32)

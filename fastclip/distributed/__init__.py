@@ -7,6 +7,7 @@ from fastclip.distributed.statistics import (
     largest_over_ranks,
     sharded_maxima,
     sharded_statistics,
+    whole_rows,
     with_all_texts,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "sharded_maxima",
     "sharded_statistics",
     "sum_over_ranks",
+    "whole_rows",
     "with_all_texts",
 ]

@@ -16,7 +16,7 @@ from fastclip.distributed.collectives import exchange_columns, gather_rows
 from fastclip.distributed.ring_losses import ring_statistics
 from fastclip.ops import contrastive_maxima, contrastive_statistics, merge_logsumexp
 
-__all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics", "with_all_texts"]
+__all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics", "whole_rows", "with_all_texts"]
 
 
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
@@ -47,6 +47,22 @@ def with_all_texts(p: Problem, shards: Shards) -> Problem:
     """Return the problem of this rank's images and the texts of all ranks, which are gathered."""
     texts = gather_rows(p.text, shards.texts, shards.group, after=None if p.labels is None else p.labels[1])
     return p._replace(text=texts, offset=shards.own_texts.start)
+
+
+def whole_rows(p: Problem, shards: Shards | None, image_weight: float) -> Problem:
+    """Return the problem whose rows are the images if `image_weight` is 1, or the texts if it is 0.
+
+    With shards the rows are those of this rank, and the columns those of all ranks, with gradients summed over ranks.
+    """
+    if image_weight == 1.0:
+        return p if shards is None else with_all_texts(p, shards)
+    image, labels, offset = p.image, p.labels and (p.labels[1], p.labels[0]), -p.offset
+    if shards is not None:
+        if labels is not None:
+            labels = labels[0][shards.own_texts], gather_rows(labels[1], shards.images, shards.group)
+        image = gather_rows(image, shards.images, shards.group, after=labels and labels[1])
+        offset = shards.own_images.start
+    return p._replace(image=p.text, text=image, labels=labels, offset=offset)
 
 
 def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip._backends.problem import Problem, Side, Sides
-from fastclip._backends.reference import inv_norms, unit_rows
+from fastclip._backends.reference import inv_norms, row_losses, unit_rows
 from fastclip.distributed import (
     Shards,
     check_comm,
@@ -19,6 +18,7 @@ from fastclip.distributed import (
     reported,
     sharded_statistics,
     sum_over_ranks,
+    whole_rows,
 )
 from fastclip.losses.arguments import (
     can_be_read,
@@ -36,6 +36,8 @@ from fastclip.ops import (
     autocast_features,
     contrastive_statistics,
     no_autocast,
+    one_direction,
+    one_pass,
     plain_loss,
 )
 
@@ -43,6 +45,7 @@ __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare", "statisti
 
 
 _NUMBERS = (float, int)
+_ONE_DIRECTION = (0.0, 1.0)  # values of image_weight
 _Pair = tuple[Tensor, Tensor]  # (images or rows, texts or columns)
 
 
@@ -163,6 +166,8 @@ def contrastive_loss(
         equal_shards=equal_shards,
         backend=backend,
     )
+    if image_weight in _ONE_DIRECTION and reduction != "none" and comm == "gather" and not batch.label_smoothing:
+        return _one_direction(batch, reduction, image_weight, backend)
     return _reduced(batch, statistics_of(batch, comm, backend), reduction, image_weight)
 
 
@@ -176,7 +181,12 @@ def _plain_loss(
     if type(normalize) is not bool or type(image_weight) not in _NUMBERS or not 0.0 <= image_weight <= 1.0:
         return None
     problem = plain_problem(image, text, scale)
-    return None if problem is None else plain_loss(problem, image_weight, normalize, backend)
+    if problem is None:
+        return None
+    if image_weight in _ONE_DIRECTION and one_pass(backend, *problem[:2]):
+        p = whole_rows(Problem(*problem, normalize=normalize), None, image_weight)
+        return one_direction(p, None, image.shape[0], backend, torch.float32)
+    return plain_loss(problem, image_weight, normalize, backend)
 
 
 class Batch(NamedTuple):
@@ -280,6 +290,16 @@ def _match(
     return (image_ids, text_ids), (row_count, col_count), (rows_counted, cols_counted)
 
 
+def _one_direction(batch: Batch, reduction: str, image_weight: float, backend: str | None) -> Tensor:
+    """Return the loss of `contrastive_loss` if one direction has all the weight."""
+    side = 0 if image_weight == 1.0 else 1
+    p = whole_rows(batch.problem, batch.shards, image_weight)
+    count = None if batch.counts is None else batch.counts[side]
+    divisor = batch.counted[side] if reduction == "mean" else 1
+    loss = one_direction(p, count, divisor, backend, p.scale.dtype)
+    return loss if batch.shards is None else batch.shards.ranks * loss
+
+
 def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) -> Tensor | tuple[Tensor, Tensor]:
     """Return the loss of `contrastive_loss` from the statistics."""
     rows, cols = stats
@@ -318,25 +338,14 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
     """Return the loss of each row (M,), or of each column (N,), from the statistics of that side.
 
     count: number of positives, or None for one each. mean_logit: mean of the row's logits, for label smoothing.
-
-    Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
-    softplus(neg - q) + q - pos / count. When the loss is close to 0, softplus and its derivative keep their relative
-    accuracy, whereas the difference of log-sum-exp and logit, and its derivative softmax - 1, would be rounding errors.
-    With a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its
-    rounding error would exceed a small loss.
     """
+    loss = row_losses(side, count)
+    if mean_logit is None:
+        return loss
     if count is None:
-        loss = _softplus(side.neg - side.pos)
-        return loss if mean_logit is None else loss + smoothing * (side.pos - mean_logit)
-    has_positive = count > 0
+        return loss + smoothing * (side.pos - mean_logit)
     mean_pos = side.pos / count.clamp_min(1)
-    # Rows without a positive get constant inputs before softplus, because its gradient at -inf - -inf is NaN.
-    q = torch.where(has_positive, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
-    loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)
-    loss = loss + torch.where(count > 1, torch.where(has_positive, side.pos_lse, 0.0) - mean_pos, 0.0)
-    if mean_logit is not None:
-        loss = loss + smoothing * (mean_pos - mean_logit)
-    return torch.where(has_positive, loss, 0.0)
+    return torch.where(count > 0, loss + smoothing * (mean_pos - mean_logit), 0.0)
 
 
 def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
@@ -375,8 +384,3 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
             row_mean, col_mean = ((N * mean - diagonal) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean, after
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """Return log(1 + exp x). torch's default threshold would return x itself above 20."""
-    return F.softplus(x, threshold=64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastclip._backends import pick
 
-__all__ = ["TAGS", "check_second_derivatives", "keep", "kept", "vector_jacobian"]
+__all__ = ["TAGS", "apart", "check_second_derivatives", "keep", "kept", "vector_jacobian"]
 
 # needs_exact_strides: compiled code passes tensors to the op in the same layout as eager code
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -31,6 +31,11 @@ def kept(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     saved = ctx.saved_tensors
     inputs = [option if x is None else x for x, option in zip(saved, ctx.options)]
     return inputs, saved[len(inputs) :]
+
+
+def apart(d: Tensor) -> Tensor:
+    """Return a gradient that shares no memory with others, as an op requires. A backend may store scalars together."""
+    return d.contiguous() if d.dim() else d.clone()
 
 
 def check_second_derivatives(function: str, backend: str | None, image: Tensor) -> None:

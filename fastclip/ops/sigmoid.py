@@ -15,7 +15,7 @@ from torch import Tensor
 from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.backward import TAGS, check_second_derivatives, keep, kept, vector_jacobian
+from fastclip.ops.backward import TAGS, apart, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
 __all__ = ["PAIRS", "Pairs", "sigmoid_pairs"]
@@ -50,18 +50,13 @@ class Pairs(NamedTuple):
         return Problem(self.image, self.text, self.scale, offset=self.offset, normalize=self.normalize)
 
 
-def _apart(d: Tensor) -> Tensor:
-    """Return a gradient that shares no memory with others, as an op requires. A backend may store scalars together."""
-    return d.contiguous() if d.dim() else d.clone()
-
-
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
 @without_autocast
 def _fwd(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     pairs = Pairs(image, *args)
     p, dtype = pairs.problem(), reference.wide_dtype(image.device)
     loss, *grads = serving(pairs.backend, p).sigmoid_fwd(p, pairs.bias, pairs.divisor, pairs.needs, dtype)
-    return loss, *(image.new_empty(0) if d is None else _apart(d) for d in grads)
+    return loss, *(image.new_empty(0) if d is None else apart(d) for d in grads)
 
 
 @torch.library.register_fake("fastclip::sigmoid_fwd")

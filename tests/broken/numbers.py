@@ -73,13 +73,13 @@ PROMISES = [
         breaks=[
             Break(
                 "logaddexp of pairs",
-                "fastclip/losses/contrastive.py",
-                old="loss = _softplus(side.neg - side.pos)",
-                new="loss = torch.logaddexp(side.pos, side.neg) - side.pos",
+                "fastclip/_backends/reference.py",
+                old="return _softplus(side.neg - side.pos)",
+                new="return torch.logaddexp(side.pos, side.neg) - side.pos",
             ),
             Break(
                 "logaddexp of labels",
-                "fastclip/losses/contrastive.py",
+                "fastclip/_backends/reference.py",
                 old="loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)",
                 new="loss = torch.logaddexp(torch.where(has_positive, side.neg, -torch.inf), q) - q",
             ),

@@ -5,16 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
+from fastclip._backends.cpu.direction import direction_fits, direction_fwd
 from fastclip._backends.cpu.native import build, missing
 from fastclip._backends.cpu.plain import plain_bwd, plain_fwd, plain_saved
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
 from fastclip._backends.problem import FUSED_DTYPES
-from fastclip._backends.reference import sigmoid_bwd
+from fastclip._backends.reference import direction_bwd, sigmoid_bwd
 
 __all__ = [
     "build",
     "contrastive_bwd",
     "contrastive_fwd",
+    "direction_bwd",
+    "direction_fits",
+    "direction_fwd",
     "missing",
     "plain_bwd",
     "plain_fwd",

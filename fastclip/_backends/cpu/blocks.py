@@ -21,6 +21,9 @@ __all__ = [
     "Dots",
     "Features",
     "Plan",
+    "add_product",
+    "cuts",
+    "empty",
     "factors",
     "features_of",
     "inv_norms",
@@ -36,7 +39,7 @@ _LARGE_NORM = 2.0**40  # above it, the fp32 product of two unnormalised rows cou
 _FEW_LOGITS = 2**16  # below it, a second thread costs more than it saves
 
 
-def _cuts(size: int, block: int) -> list[tuple[int, int]]:
+def cuts(size: int, block: int) -> list[tuple[int, int]]:
     if size <= block:
         return [(0, size)] if size else []
     return [(start, min(start + block, size)) for start in range(0, size, block)]
@@ -102,7 +105,7 @@ class Features:
             x = self.x.data_ptr()
             return bool(native.module.norms(x, self.row_stride, self.M, self.D, inv_norm, outer, workers))
         large = 0
-        for start, stop in _cuts(self.M, _NORM_ROWS):
+        for start, stop in cuts(self.M, _NORM_ROWS):
             out = inv_norm + 4 * start, outer and outer + 4 * start
             x = self.rows(start, stop).data_ptr()
             large += native.module.norms(x, self.row_stride, stop - start, self.D, *out, workers)
@@ -117,6 +120,15 @@ class Features:
         inv_norm = self.inv_norm and self.inv_norm + 4 * start
         outer = 0 if self.outer is None else self.outer.data_ptr() + 4 * start
         native.module.finish(*matrices, raw.shape[0], self.D, inv_norm, outer, factor, workers)
+
+    def finish_all(self, raw: Tensor, out: Tensor, factor: float, workers: int) -> None:
+        """Write the results of `finish` for all rows to `out` (M, D), which may be `raw`. raw is overwritten."""
+        for start in range(0, self.M, BLOCK_M):
+            stop = start + BLOCK_M if start + BLOCK_M < self.M else self.M
+            rows = raw[start:stop]
+            self.finish(rows, self.rows(start, stop), start, factor, workers)
+            if raw is not out:
+                out[start:stop].copy_(rows)
 
 
 def normalized(x: Tensor, norms: Tensor, start: int, workers: int) -> Features:
@@ -220,7 +232,7 @@ class Plan:
         if (self.block_m, block_n) == (M, N):
             self.blocks = [whole]
         else:
-            self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
+            self.blocks = [(*rows, *columns) for rows in cuts(M, self.block_m) for columns in cuts(N, block_n)]
 
     def dots(self, block: Block) -> tuple[Tensor, Dots]:
         """Return the dot products <image_i, text_j> of a block, which the caller may overwrite.
@@ -244,8 +256,8 @@ class Plan:
         """
         image, text = self.image, self.text
         # fp32 gradients are accumulated in the output
-        raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else _empty(text.M, text.D)
-        raw_rows = None if d_image is None or d_image.dtype == torch.float32 else _empty(self.block_m, image.D)
+        raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else empty(text.M, text.D)
+        raw_rows = None if d_image is None or d_image.dtype == torch.float32 else empty(self.block_m, image.D)
         # In the reverse order of the forward pass, whose last block may still be in the workspace
         for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
@@ -254,28 +266,22 @@ class Plan:
             yield dots
             if d_image is not None:
                 raw = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
-                _add_product(raw, weights, texts, keep=j1 < text.M)
+                add_product(raw, weights, texts, keep=j1 < text.M)
                 if j0 == 0:
                     image.finish(raw, images, i0, factor, self.workers)
                     if raw_rows is not None:
                         d_image[i0:i1].copy_(raw)
             if raw_text is not None:
-                _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < image.M)
-        if d_text is None or raw_text is None:
-            return
-        for j0 in range(0, text.M, BLOCK_M):
-            j1 = j0 + BLOCK_M if j0 + BLOCK_M < text.M else text.M
-            raw = raw_text[j0:j1]
-            text.finish(raw, text.rows(j0, j1), j0, factor, self.workers)
-            if raw_text is not d_text:
-                d_text[j0:j1].copy_(raw)
+                add_product(raw_text[j0:j1], weights.T, images, keep=i1 < image.M)
+        if d_text is not None and raw_text is not None:
+            text.finish_all(raw_text, d_text, factor, self.workers)
 
 
-def _empty(rows: int, columns: int) -> Tensor:
+def empty(rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+def add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """Write the product a b to `out`, or add it if `keep`."""
     if b.shape[1] == 1:
         # MKL's matrix-vector product adds thousands of terms one by one, and loses digits. Its matrix product does not.
