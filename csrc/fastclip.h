@@ -43,13 +43,18 @@ typedef struct fastclip_block {
   int64_t i0, j0;     /* first row and column of the block. The arrays of the sides below cover all rows and columns */
   int64_t offset;     /* row i of all rows meets the diagonal in column i + offset, its only positive without labels */
   int exclude_self;   /* with labels: pairs on the diagonal are neither positives nor negatives */
+  const float* other; /* forward problem without labels: dot products of other features of the same images and texts,
+                       * placed like `dot`; NULL if there are none */
 } fastclip_block;
 
 /* One side of the forward problem: images (arrays of M_all numbers) or texts (N_all).
  *
  * z_ij = dot_ij (image.factor_i + image.factor_low_i) text.factor_j, in units of log 2.
  * Every call reads the statistics, from neg_max on, and updates them. Before the first block the caller sets neg_top
- * and pos_top to -inf and the others to 0. A log2-sum-exp2 is kept in two numbers, log2 sum 2^z = max + log2(sum). */
+ * and pos_top to -inf and the others to 0. A log2-sum-exp2 is kept in two numbers, log2 sum 2^z = max + log2(sum).
+ *
+ * With other dot products, neg_other is the sum of 2^(z - neg_max) other_ij image.other_factor_i text.other_factor_j
+ * over the negatives. */
 typedef struct fastclip_fwd_side {
   const float* factor;     /* texts: c_j. Images: r_i scale log2(e) */
   const float* factor_low; /* images: rounding error of factor. Texts: NULL */
@@ -61,6 +66,8 @@ typedef struct fastclip_fwd_side {
   double* pos_sum;
   float* neg_top; /* largest z over the negatives; NULL if it is not needed */
   float* pos_top; /* largest z over the positives; NULL if it is not needed, and without labels, where it equals pos */
+  const float* other_factor; /* this and neg_other: NULL unless the block has other dot products */
+  double* neg_other;
 } fastclip_fwd_side;
 
 /* One side of the backward problem. A log2-sum-exp2 of -inf means that the set is empty. The derivatives d_... of the

@@ -15,6 +15,7 @@ from fastclip.system.lazy import lazy_names
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
     from fastclip.losses.contrastive import contrastive_loss
+    from fastclip.losses.distillation import distillation_loss
     from fastclip.losses.global_contrastive import GlobalContrastiveLoss
     from fastclip.losses.hard_negatives import HardestNegatives, hardest_negatives
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
@@ -44,6 +45,7 @@ __all__ = [
     "contrastive_stats",
     "create_model",
     "create_model_and_transforms",
+    "distillation_loss",
     "get_tokenizer",
     "hardest_negatives",
     "list_models",
@@ -68,6 +70,7 @@ _LAZY = {
     "contrastive_stats": "fastclip.losses.stats",
     "create_model": "fastclip.models.factory",
     "create_model_and_transforms": "fastclip.models.factory",
+    "distillation_loss": "fastclip.losses.distillation",
     "get_tokenizer": "fastclip.models.factory",
     "hardest_negatives": "fastclip.losses.hard_negatives",
     "list_models": "fastclip.models.config",

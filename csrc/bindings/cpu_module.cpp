@@ -35,11 +35,11 @@ void check(int status) {
 
 fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t label, uintptr_t neg_max,
                            uintptr_t neg_sum, uintptr_t pos, uintptr_t pos_max, uintptr_t pos_sum, uintptr_t neg_top,
-                           uintptr_t pos_top) {
-  return {pointer<const float>(factor), pointer<const float>(factor_low), pointer<const int32_t>(label),
-          pointer<double>(neg_max),     pointer<double>(neg_sum),         pointer<double>(pos),
-          pointer<double>(pos_max),     pointer<double>(pos_sum),         pointer<float>(neg_top),
-          pointer<float>(pos_top)};
+                           uintptr_t pos_top, uintptr_t other_factor, uintptr_t neg_other) {
+  return {pointer<const float>(factor), pointer<const float>(factor_low),   pointer<const int32_t>(label),
+          pointer<double>(neg_max),     pointer<double>(neg_sum),           pointer<double>(pos),
+          pointer<double>(pos_max),     pointer<double>(pos_sum),           pointer<float>(neg_top),
+          pointer<float>(pos_top),      pointer<const float>(other_factor), pointer<double>(neg_other)};
 }
 
 fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm, uintptr_t label, uintptr_t neg,
@@ -53,7 +53,7 @@ fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv
 // construction of each Python object.
 fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
                         int64_t offset = 0) {
-  return {pointer<float>(dot), row_stride, M, N, i0, j0, offset, 0};
+  return {pointer<float>(dot), row_stride, M, N, i0, j0, offset, 0, nullptr};
 }
 
 // The array of Arrow's C data interface, in the part that is read here
@@ -83,15 +83,16 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<fastclip_block>(m, "Block")
       .def(py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int64_t offset,
-                       bool exclude_self) {
-             return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset, exclude_self};
+                       bool exclude_self, uintptr_t other) {
+             return fastclip_block{pointer<float>(dot),        row_stride, M, N, i0, j0, offset, exclude_self,
+                                   pointer<const float>(other)};
            }),
            py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
-           py::arg("j0"), py::arg("offset"), py::arg("exclude_self"));
+           py::arg("j0"), py::arg("offset"), py::arg("exclude_self"), py::arg("other"));
   py::class_<fastclip_fwd_side>(m, "FwdSide")
       .def(py::init(&fwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("label"),
            py::arg("neg_max"), py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"),
-           py::arg("neg_top"), py::arg("pos_top"));
+           py::arg("neg_top"), py::arg("pos_top"), py::arg("other_factor"), py::arg("neg_other"));
   py::class_<fastclip_bwd_side>(m, "BwdSide")
       .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("inv_norm"),
            py::arg("label"), py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"),

@@ -3,6 +3,7 @@
 // Math      z_ij = dot_ij f_i f_j in units of log 2
 //           neg_i = log2 sum over the negatives j of 2^z_ij, and the same over i for columns
 //           pos_i = sum over the positives j of z_ij, with labels also their log2-sum-exp2
+//           other_i = sum over the negatives j of 2^(z_ij - c) u_ij, if u, the cosines of other features, are given
 // Program   one pass over a tile that fits into the second-level cache, three if the check below fails
 //           one more for the largest z of every row and column, if requested
 // Traffic   reads 4 M N bytes from memory once, writes 8 bytes per row and column of the tile
@@ -28,6 +29,50 @@ using fastclip::LogSum;
 constexpr float kSmallestSum = 0x1p-48f;
 constexpr float kLargestSum = 0x1p120f;
 
+// Policies for what is added up together with the exponentials. row(i).add is called for every vector of row i with the
+// exponentials in the row and in the columns, `end` after the last row. `end` returns false if a sum is out of range.
+struct Nothing {
+  struct Row {
+    template <class Lanes>
+    void add(int64_t, Lanes, Simd::F, Simd::F) {}
+    void end() {}
+  };
+  void begin() const {}
+  Row row(int64_t) const { return {}; }
+  bool end() const { return true; }
+};
+
+struct OtherCosines {
+  const Tile& t;
+  const FwdSide &image, &text;
+  LogSum row_sums, col_sums;
+
+  struct Row {
+    const OtherCosines& all;
+    int64_t i;
+    Simd::F row_factor, sum;
+    template <class Lanes>
+    void add(int64_t j, Lanes lanes, Simd::F in_row, Simd::F in_col) {
+      const Simd::F x = load(lanes, all.t.other + i * all.t.row_stride + j);
+      float* col = all.col_sums.other + j;
+      sum = Simd::fma(in_row, Simd::mul(x, load(lanes, all.text.other_factor + j)), sum);
+      store(lanes, col, Simd::fma(in_col, Simd::mul(x, row_factor), load(lanes, col)));
+    }
+    void end() { all.row_sums.other[i] = reduce_add(sum) * all.image.other_factor[i]; }
+  };
+  void begin() const {
+    for (int64_t j = 0; j < t.N; ++j) col_sums.other[j] = 0.0f;
+  }
+  Row row(int64_t i) const { return {*this, i, Simd::set1(image.other_factor[i]), Simd::set1(0.0f)}; }
+  bool end() const {
+    bool good = true;
+    const auto in_range = [](float x) { return x >= -kLargestSum && x <= kLargestSum; };
+    for (int64_t j = 0; j < t.N; ++j) col_sums.other[j] *= text.other_factor[j], good &= in_range(col_sums.other[j]);
+    for (int64_t i = 0; i < t.M; ++i) good &= in_range(row_sums.other[i]);
+    return good;
+  }
+};
+
 template <class Keep, class ColMax>
 float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const ColMax& into_columns) {
   const Simd::F minus_inf = Simd::set1(kNegInf);
@@ -42,29 +87,33 @@ float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const Col
 
 // Sums of 2^(z - c) with one c for the whole tile. Returns false if the result must not be used: c is so far from the
 // maximum of a row or column that digits may be lost, a set is empty, or a number is not finite.
-template <class Keep>
-bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
-                     LogSum col) {
+template <class Keep, class Also>
+bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, const Also& also,
+                     LogSum row, LogSum col) {
   const auto ignore = [](int64_t, auto, Simd::F) {};
   const float guess = row_maximum(t.N, Logits(t, image, text, 0), keep.row(0), ignore);
   const Simd::F offset = Simd::set1(guess), zero = Simd::set1(0.0f);
   for (int64_t j = 0; j < t.N; ++j) col.max[j] = guess, col.sum[j] = 0.0f;
+  also.begin();
   bool good = true;
   for (int64_t i = 0; i < t.M; ++i) {
     const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);
+    auto also_i = also.row(i);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
       const Simd::F e = Simd::select(keep_i(j, mask_of(lanes)), exp2(logits.minus(j, lanes, offset)), zero);
       sum = Simd::add(sum, e);
       store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), e));
+      also_i.add(j, lanes, e, e);
     });
+    also_i.end();
     row.max[i] = guess;
     row.sum[i] = reduce_add(sum);
     good &= row.sum[i] >= kSmallestSum && row.sum[i] <= kLargestSum;
   }
   for (int64_t j = 0; j < t.N; ++j) good &= col.sum[j] >= kSmallestSum && col.sum[j] <= kLargestSum;
-  return good;
+  return also.end() && good;
 }
 
 // Largest z of every row and column, -inf if no element is kept.
@@ -80,9 +129,9 @@ void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep
 }
 
 // Sums relative to the maximum of each row and of each column, accurate for any logits.
-template <class Keep>
-void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
-                      LogSum col) {
+template <class Keep, class Also>
+void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, const Also& also,
+                      LogSum row, LogSum col) {
   // Each row and column subtracts its maximum, with two exceptions. An empty set has the maximum -inf and subtracts 0,
   // because -inf would produce NaN. If a logit overflowed, the maximum is +inf and NaN is subtracted, so that the
   // result is NaN. An FMA would subtract +inf from the product before it rounds it: the exponential of a finite number
@@ -92,25 +141,31 @@ void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, 
   for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);
   for (int64_t j = 0; j < t.N; ++j) col.max[j] = offset_of(col.max[j]), col.sum[j] = 0.0f;
   const bool coarse = any_coarse(row.max, t.M) | any_coarse(col.max, t.N);
+  also.begin();
   for (int64_t i = 0; i < t.M; ++i) {
     const Logits logits(t, image, text, i, coarse);
     const auto keep_i = keep.row(i);
+    auto also_i = also.row(i);
     const Simd::F offset = Simd::set1(row.max[i]), zero = Simd::set1(0.0f);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
       const Simd::Mask kept = keep_i(j, mask_of(lanes));
-      const Simd::F in_row = exp2(logits.minus(j, lanes, offset));
-      const Simd::F in_col = exp2(logits.minus(j, lanes, load(lanes, col.max + j)));
-      sum = Simd::add(sum, Simd::select(kept, in_row, zero));
-      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), Simd::select(kept, in_col, zero)));
+      const Simd::F in_row = Simd::select(kept, exp2(logits.minus(j, lanes, offset)), zero);
+      const Simd::F in_col = Simd::select(kept, exp2(logits.minus(j, lanes, load(lanes, col.max + j))), zero);
+      sum = Simd::add(sum, in_row);
+      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), in_col));
+      also_i.add(j, lanes, in_row, in_col);
     });
+    also_i.end();
     row.sum[i] = reduce_add(sum);
   }
+  also.end();
 }
 
-template <class Keep>
-void log_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row, LogSum col) {
-  if (!one_exponential(t, image, text, keep, row, col)) two_exponentials(t, image, text, keep, row, col);
+template <class Keep, class Also>
+void log_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, const Also& also, LogSum row,
+              LogSum col) {
+  if (!one_exponential(t, image, text, keep, also, row, col)) two_exponentials(t, image, text, keep, also, row, col);
 }
 
 void clear(LogSum x, int64_t size) {
@@ -146,9 +201,9 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
 
 template <class Same, class Other>
 void labelled_tile(const Tile& t, const FwdSide& image, const FwdSide& text, const Same& same, const Other& other) {
-  log_sums(t, image, text, other, image.neg, text.neg);
+  log_sums(t, image, text, other, Nothing{}, image.neg, text.neg);
   if (positive_sums(t, image, text, same)) {
-    log_sums(t, image, text, same, image.pos, text.pos);
+    log_sums(t, image, text, same, Nothing{}, image.pos, text.pos);
   } else {
     clear(image.pos, t.M);
     clear(text.pos, t.N);
@@ -162,7 +217,11 @@ void labelled_tile(const Tile& t, const FwdSide& image, const FwdSide& text, con
 void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& text) {
   const NotOwn not_own{t.own};
   if (image.label == nullptr) {
-    log_sums(t, image, text, not_own, image.neg, text.neg);
+    if (t.other == nullptr) {
+      log_sums(t, image, text, not_own, Nothing{}, image.neg, text.neg);
+    } else {
+      log_sums(t, image, text, not_own, OtherCosines{t, image, text, image.neg, text.neg}, image.neg, text.neg);
+    }
     if (image.neg_top != nullptr) maxima(t, image, text, not_own, image.neg_top, text.neg_top);
     for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
     for (int64_t i = 0; i < t.M; ++i) {

@@ -35,8 +35,13 @@ struct Grid {  // tiles of a block
 };
 
 Tile tile_at(const fastclip_block& b, int64_t i, int64_t j) {
-  return {b.dot + i * b.row_stride + j,   b.row_stride,       std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
-          b.i0 + i + b.offset - b.j0 - j, b.exclude_self != 0};
+  return {b.dot + i * b.row_stride + j,
+          b.row_stride,
+          std::min(kTileM, b.M - i),
+          std::min(kTileN, b.N - j),
+          b.i0 + i + b.offset - b.j0 - j,
+          b.exclude_self != 0,
+          b.other == nullptr ? nullptr : b.other + i * b.row_stride + j};
 }
 
 bool valid(const fastclip_block* b) {
@@ -47,17 +52,19 @@ bool valid(const fastclip_block* b) {
 struct Partials {
   int64_t size, tiles;
   std::vector<float> log_sums;  // maxima and sums over the negatives, with labels also over the positives
+  std::vector<float> others;    // sums weighted by the cosines of other features, if there are any
   std::vector<double> pos;
   std::vector<float> tops;  // largest logits, if requested, of the negatives and with labels of the positives
   Partials(int64_t size, int64_t tiles, const fastclip_fwd_side& side)
       : size(size),
         tiles(tiles),
         log_sums((side.label != nullptr ? 4 : 2) * size * tiles),
+        others(side.neg_other == nullptr ? 0 : size * tiles),
         pos(size * tiles),
         tops(side.neg_top == nullptr ? 0 : (side.label != nullptr ? 2 : 1) * size * tiles) {}
   LogSum log_sum(int64_t set, int64_t tile, int64_t k) {
     float* max = log_sums.data() + (2 * set * tiles + tile) * size + k;
-    return {max, max + tiles * size};
+    return {max, max + tiles * size, others.empty() ? nullptr : others.data() + tile * size + k};
   }
   double* pos_at(int64_t tile, int64_t k) { return pos.data() + tile * size + k; }
   float* top(int64_t set, int64_t tile, int64_t k) { return tops.data() + (set * tiles + tile) * size + k; }
@@ -71,28 +78,28 @@ struct Partials {
             labels ? log_sum(1, tile, k) : LogSum{},
             pos_at(tile, k),
             all.neg_top != nullptr ? top(0, tile, k) : nullptr,
-            all.neg_top != nullptr && labels ? top(1, tile, k) : nullptr};
+            all.neg_top != nullptr && labels ? top(1, tile, k) : nullptr,
+            all.other_factor == nullptr ? nullptr : all.other_factor + begin + k};
   }
 };
 
-void add_log_sum(double* max, double* sum, LogSum part) {
+void add_log_sum(double* max, double* sum, double* other, LogSum part) {
   const double new_max = *part.max, new_sum = *part.sum;
   if (new_sum == 0.0) return;  // empty
-  if (*sum == 0.0) {
-    *max = new_max, *sum = new_sum;
-    return;
-  }
-  const double top = *max > new_max ? *max : new_max;
-  *sum = *sum * std::exp2(*max - top) + new_sum * std::exp2(new_max - top);
+  const double top = *sum == 0.0 || new_max > *max ? new_max : *max;
+  const double before = *sum == 0.0 ? 0.0 : std::exp2(*max - top), now = std::exp2(new_max - top);
+  *sum = *sum * before + new_sum * now;
+  if (other != nullptr) *other = *other * before + *part.other * now;
   *max = top;
 }
 
 void reduce(Partials& partials, const fastclip_fwd_side& side, int64_t begin, int64_t k) {
   const int64_t at = begin + k;
   for (int64_t tile = 0; tile < partials.tiles; ++tile) {
-    add_log_sum(side.neg_max + at, side.neg_sum + at, partials.log_sum(0, tile, k));
+    double* other = side.neg_other == nullptr ? nullptr : side.neg_other + at;
+    add_log_sum(side.neg_max + at, side.neg_sum + at, other, partials.log_sum(0, tile, k));
     side.pos[at] += *partials.pos_at(tile, k);
-    if (side.label != nullptr) add_log_sum(side.pos_max + at, side.pos_sum + at, partials.log_sum(1, tile, k));
+    if (side.label != nullptr) add_log_sum(side.pos_max + at, side.pos_sum + at, nullptr, partials.log_sum(1, tile, k));
     if (side.neg_top == nullptr) continue;
     side.neg_top[at] = std::max(side.neg_top[at], *partials.top(0, tile, k));
     if (side.label != nullptr) side.pos_top[at] = std::max(side.pos_top[at], *partials.top(1, tile, k));
@@ -230,6 +237,11 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
   if (!fastclip::valid(block) || image == nullptr || text == nullptr) return FASTCLIP_INVALID_ARGUMENT;
   if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
   if ((image->neg_top == nullptr) != (text->neg_top == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  for (const fastclip_fwd_side* side : {image, text}) {
+    const bool given = side->other_factor != nullptr && side->neg_other != nullptr && side->label == nullptr;
+    const bool absent = side->other_factor == nullptr && side->neg_other == nullptr;
+    if (!(block->other == nullptr ? absent : given)) return FASTCLIP_INVALID_ARGUMENT;
+  }
   return fastclip::guarded([&] { fastclip::fwd(*block, *image, *text, num_threads); });
 }
 

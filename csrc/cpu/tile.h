@@ -15,13 +15,15 @@ struct Tile {
   float* dot;
   int64_t row_stride;
   int64_t M, N;
-  int64_t own;        // column of the tile in which row 0 meets the diagonal, possibly outside the tile
-  bool exclude_self;  // with labels: pairs on the diagonal are neither positives nor negatives
+  int64_t own;         // column of the tile in which row 0 meets the diagonal, possibly outside the tile
+  bool exclude_self;   // with labels: pairs on the diagonal are neither positives nor negatives
+  const float* other;  // dot products of other features, rows `row_stride` apart, or null
 };
 
 struct LogSum {  // log2-sum-exp2 of a set of z is max + log2(sum); sum = 0 if the set is empty
   float* max;
   float* sum;
+  float* other;  // sum of 2^(z - max) times the cosine of the other features; null if there are none
 };
 
 struct FwdSide {
@@ -29,10 +31,11 @@ struct FwdSide {
   const float* factor_low;
   const int32_t* label;
   LogSum neg;
-  LogSum pos;      // with labels
-  double* pos_z;   // sum of z over the positives
-  float* neg_top;  // largest z over the negatives, -inf if there are none; null if it is not needed
-  float* pos_top;  // the same over the positives, with labels
+  LogSum pos;                 // with labels
+  double* pos_z;              // sum of z over the positives
+  float* neg_top;             // largest z over the negatives, -inf if there are none; null if it is not needed
+  float* pos_top;             // the same over the positives, with labels
+  const float* other_factor;  // turns dot products of the other features into cosines
 };
 
 struct BwdSide {  // see fastclip_bwd_side

@@ -13,6 +13,7 @@ struct ContrastiveCase {
   double scale = 20.0;  // logits are between -scale and scale, in units of log 2
   int64_t block_m = 1 << 20, block_n = 1 << 20;
   int threads = 2;
+  bool others = false;          // other dot products stand beside the block, without labels
   bool rows_far_apart = false;  // the first row is 512 below the others: 2^512 wraps around in an unclamped exponent
 };
 
@@ -22,9 +23,9 @@ inline std::vector<float> floats(int64_t size, float value = 0.0f) {
 
 // Arrays of one side, and the results of both passes.
 struct ContrastiveSide {
-  std::vector<float> factor, low, inv_norm, d_neg, d_pos, d_pos_lse, neg, pos_lse, neg_top, pos_top;
+  std::vector<float> factor, low, inv_norm, other_factor, d_neg, d_pos, d_pos_lse, neg, pos_lse, neg_top, pos_top;
   std::vector<int32_t> label;
-  std::vector<double> neg_max, neg_sum, pos, pos_max, pos_sum;
+  std::vector<double> neg_max, neg_sum, neg_other, pos, pos_max, pos_sum;
 
   ContrastiveSide(int64_t size, const ContrastiveCase& c, bool image, Random& random) {
     const size_t n = static_cast<size_t>(size);
@@ -33,14 +34,15 @@ struct ContrastiveSide {
       factor.push_back(static_cast<float>(exact));
       low.push_back(image ? static_cast<float>(exact - factor.back()) : 0.0f);
       inv_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
+      if (c.others) other_factor.push_back(static_cast<float>(random.uniform(0.5, 1.0)));
       d_neg.push_back(static_cast<float>(random.uniform(0.1, 1.0)));
       d_pos.push_back(static_cast<float>(random.uniform(-1.0, 1.0)));
       d_pos_lse.push_back(static_cast<float>(random.uniform(-1.0, 1.0)));
       if (c.labels) label.push_back(static_cast<int32_t>(random.engine() % (n / 3 + 2)));
     }
-    for (auto* x : {&factor, &low, &inv_norm, &d_neg, &d_pos, &d_pos_lse}) x->shrink_to_fit();
+    for (auto* x : {&factor, &low, &inv_norm, &other_factor, &d_neg, &d_pos, &d_pos_lse}) x->shrink_to_fit();
     label.shrink_to_fit();
-    for (auto* x : {&neg_max, &neg_sum, &pos, &pos_max, &pos_sum}) x->assign(n, 0.0);
+    for (auto* x : {&neg_max, &neg_sum, &neg_other, &pos, &pos_max, &pos_sum}) x->assign(n, 0.0);
     neg_top = pos_top = floats(size, -HUGE_VALF);
     neg = pos_lse = floats(size);
   }
@@ -55,7 +57,9 @@ struct ContrastiveSide {
             c.labels ? pos_max.data() : nullptr,
             c.labels ? pos_sum.data() : nullptr,
             c.maxima ? neg_top.data() : nullptr,
-            c.maxima && c.labels ? pos_top.data() : nullptr};
+            c.maxima && c.labels ? pos_top.data() : nullptr,
+            c.others ? other_factor.data() : nullptr,
+            c.others ? neg_other.data() : nullptr};
   }
   fastclip_bwd_side bwd(const ContrastiveCase& c, bool image) {
     for (size_t k = 0; k < neg.size(); ++k) {
@@ -77,14 +81,15 @@ struct ContrastiveSide {
 struct ContrastiveRun {
   ContrastiveCase c;
   Random random;
-  Matrix dot, weights;
+  Matrix dot, weights, other;
   ContrastiveSide image, text;
   double d_scale = 0.0;
 
   explicit ContrastiveRun(const ContrastiveCase& c)
-      : c(c), dot(c.M, c.N), weights(dot), image(c.M, c, true, random), text(c.N, c, false, random) {
-    for (int64_t i = 0; i < c.M; ++i)
-      for (int64_t j = 0; j < c.N; ++j) dot.at(i, j) = static_cast<float>(random.uniform(-1.0, 1.0));
+      : c(c), dot(c.M, c.N), weights(dot), other(dot), image(c.M, c, true, random), text(c.N, c, false, random) {
+    for (Matrix* x : {&dot, &other})
+      for (int64_t i = 0; i < c.M; ++i)
+        for (int64_t j = 0; j < c.N; ++j) x->at(i, j) = static_cast<float>(random.uniform(-1.0, 1.0));
     if (c.rows_far_apart) {
       for (auto* factors : {&image.factor, &text.factor}) std::fill(factors->begin(), factors->end(), 1.0f);
       std::fill(image.low.begin(), image.low.end(), 0.0f);
@@ -98,10 +103,19 @@ struct ContrastiveRun {
   void for_blocks(const Matrix& from, Matrix* to, const Body& body) {
     for (int64_t i0 = 0; i0 < c.M; i0 += c.block_m)
       for (int64_t j0 = 0; j0 < c.N; j0 += c.block_n) {
-        Matrix part(std::min(c.block_m, c.M - i0), std::min(c.block_n, c.N - j0));
+        Matrix part(std::min(c.block_m, c.M - i0), std::min(c.block_n, c.N - j0)), beside(part);
         for (int64_t i = 0; i < part.M; ++i)
-          for (int64_t j = 0; j < part.N; ++j) part.at(i, j) = from.at(i0 + i, j0 + j);
-        const fastclip_block block{part.data.data(), part.stride, part.M, part.N, i0, j0, c.offset, c.exclude_self};
+          for (int64_t j = 0; j < part.N; ++j)
+            part.at(i, j) = from.at(i0 + i, j0 + j), beside.at(i, j) = other.at(i0 + i, j0 + j);
+        const fastclip_block block{part.data.data(),
+                                   part.stride,
+                                   part.M,
+                                   part.N,
+                                   i0,
+                                   j0,
+                                   c.offset,
+                                   c.exclude_self,
+                                   c.others ? beside.data.data() : nullptr};
         body(block);
         part.check_gaps();
         for (int64_t i = 0; i < part.M; ++i)
@@ -141,7 +155,7 @@ struct ContrastiveRun {
     const int64_t size = rows ? c.M : c.N, across = rows ? c.N : c.M;
     const ContrastiveSide& side = rows ? image : text;
     for (int64_t k = 0; k < size; ++k) {
-      double neg = 0.0, pos_exp = 0.0, pos = 0.0, neg_top = -kInf, pos_top = -kInf;
+      double neg = 0.0, neg_other = 0.0, pos_exp = 0.0, pos = 0.0, neg_top = -kInf, pos_top = -kInf;
       for (int64_t l = 0; l < across; ++l) {
         const int64_t i = rows ? k : l, j = rows ? l : k;
         if (left_out(i, j)) continue;
@@ -150,6 +164,9 @@ struct ContrastiveRun {
           pos += x, pos_exp += std::exp2(x), pos_top = std::max(pos_top, x);
         } else {
           neg += std::exp2(x), neg_top = std::max(neg_top, x);
+          if (c.others)
+            neg_other +=
+                std::exp2(x) * other.at(i, j) * image.other_factor[i] * static_cast<double>(text.other_factor[j]);
         }
       }
       const double tolerance = 1e-6 + 3e-7 * std::max(c.scale, c.rows_far_apart ? 512.0 : 0.0);
@@ -158,6 +175,7 @@ struct ContrastiveRun {
               rows ? "row" : "column", what, static_cast<long long>(k), found, expected);
       };
       check("neg", side.neg_max[k] + std::log2(side.neg_sum[k]), std::log2(neg));
+      if (c.others && neg > 0.0) check("mean of the others", side.neg_other[k] / side.neg_sum[k], neg_other / neg);
       CHECK(std::fabs(side.pos[k] - pos) < 1e-9 * (1.0 + across * c.scale), "pos %.9g, expected %.9g", side.pos[k],
             pos);
       if (c.labels) check("pos_lse", side.pos_max[k] + std::log2(side.pos_sum[k]), std::log2(pos_exp));
@@ -199,7 +217,7 @@ struct ContrastiveRun {
   bool equals(const ContrastiveRun& other) const {
     const auto same = [](const ContrastiveSide& a, const ContrastiveSide& b) {
       return a.neg_max == b.neg_max && a.neg_sum == b.neg_sum && a.pos == b.pos && a.pos_max == b.pos_max &&
-             a.pos_sum == b.pos_sum && a.neg_top == b.neg_top && a.pos_top == b.pos_top;
+             a.pos_sum == b.pos_sum && a.neg_other == b.neg_other && a.neg_top == b.neg_top && a.pos_top == b.pos_top;
     };
     return same(image, other.image) && same(text, other.text) && weights.data == other.weights.data &&
            d_scale == other.d_scale;

@@ -46,7 +46,7 @@ void contrastive() {
       for (bool labels : {false, true})
         for (bool maxima : {false, true}) {
           ContrastiveCase c{M, N, labels};
-          c.maxima = maxima;
+          c.maxima = maxima, c.others = maxima && !labels;
           check_contrastive(c);
           c.exclude_self = true;  // has no meaning without labels
           check_contrastive(c);
@@ -59,7 +59,7 @@ void logits_far_apart() {  // one exponential per logit is not accurate here, so
     for (double scale : {200.0, 900.0})
       for (bool labels : {false, true}) {
         ContrastiveCase c{66, 530, labels};
-        c.scale = scale;
+        c.scale = scale, c.others = !labels;
         check_contrastive(c);
       }
     ContrastiveCase c{66, 530};
@@ -73,7 +73,7 @@ void offsets_and_blocks() {
     for (bool labels : {false, true})
       for (int64_t block : {int64_t{1} << 20, int64_t{50}}) {
         ContrastiveCase c{70, 570, labels, /*exclude_self=*/true};
-        c.offset = offset, c.block_m = block, c.block_n = 7 * block;
+        c.offset = offset, c.block_m = block, c.block_n = 7 * block, c.others = !labels;
         check_contrastive(c);
       }
 }
@@ -83,7 +83,7 @@ void bitwise_over_threads() {
     CHECK(fastclip_cpu_select_threads(kind) == FASTCLIP_OK, "%s", kind);
     for (bool labels : {false, true}) {
       ContrastiveCase c{300, 1100, labels};
-      c.threads = 1;
+      c.threads = 1, c.others = !labels;
       ContrastiveRun first(c);
       first.run();
       for (int threads : {2, 3, 8}) {
@@ -252,7 +252,7 @@ void rows_far_apart(int64_t rows, int64_t stride) {
   ContrastiveRun expected(c), run(c);
   expected.run();
   for (int64_t i = 0; i < rows; ++i) std::memcpy(far + i * stride, &run.dot.at(i, 0), kColumns * sizeof(float));
-  const fastclip_block block{far, stride, rows, kColumns, 0, 0, 0, 0};
+  const fastclip_block block{far, stride, rows, kColumns, 0, 0, 0, 0, nullptr};
   const fastclip_fwd_side f_image = run.image.fwd(c, true), f_text = run.text.fwd(c, false);
   CHECK(fastclip_cpu_contrastive_fwd(&block, &f_image, &f_text, 1) == FASTCLIP_OK, "forward");
   const fastclip_bwd_side b_image = run.image.bwd(c, true), b_text = run.text.bwd(c, false);
@@ -276,7 +276,7 @@ void invalid_arguments() {
   ContrastiveCase c{4, 5, true};
   ContrastiveRun run(c);
   const fastclip_fwd_side f_image = run.image.fwd(c, true), f_text = run.text.fwd(c, false);
-  const fastclip_block good{run.dot.data.data(), run.dot.stride, 4, 5, 0, 0, 0, 0};
+  const fastclip_block good{run.dot.data.data(), run.dot.stride, 4, 5, 0, 0, 0, 0, nullptr};
   const auto fwd = [&](fastclip_block block) { return fastclip_cpu_contrastive_fwd(&block, &f_image, &f_text, 1); };
   const auto with = [&](auto member, auto value) {
     fastclip_block block = good;
@@ -290,6 +290,7 @@ void invalid_arguments() {
   CHECK(fwd(with(&fastclip_block::N, int64_t{-1})) == kInvalid, "N");
   CHECK(fwd(with(&fastclip_block::row_stride, int64_t{4})) == kInvalid, "row_stride");
   CHECK(fwd(with(&fastclip_block::i0, int64_t{-1})) == kInvalid, "i0");
+  CHECK(fwd(with(&fastclip_block::other, static_cast<const float*>(good.dot))) == kInvalid, "others without factors");
   CHECK(fastclip_cpu_contrastive_fwd(nullptr, &f_image, &f_text, 1) == kInvalid, "no block");
   CHECK(fastclip_cpu_contrastive_fwd(&good, nullptr, &f_text, 1) == kInvalid, "no images");
   fastclip_fwd_side one = f_text;

@@ -9,6 +9,8 @@ Each backend is a module with the same functions:
     if the caller named the backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
     Compute the operations that `reference.py` defines, on a `Problem`.
+``distill_fwd(...)``, ``distill_bwd(...)``
+    Compute the operations on the `Problem` of a student and those of its teachers, as `reference.py` defines them.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
     Compute the mean loss of pairs without labels and its gradients, as `reference.py` defines them. torch.autocast may
     be enabled when they run: pass ``out=`` to products, which autocast does not cast.

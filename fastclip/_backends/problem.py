@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides", "in_turn"]
+__all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides", "TeacherSide", "TeacherSides", "in_turn"]
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that backends other than the reference support
 DTYPES = (*FUSED_DTYPES, torch.float64)
@@ -52,7 +52,16 @@ class SideGrads(NamedTuple):
     pos_lse: Tensor
 
 
+class TeacherSide(NamedTuple):
+    """Statistics of the logits of K teachers of every row (K, M), or of every column (K, N)."""
+
+    neg: Tensor  # log-sum-exp over the negatives, -inf if there are none
+    pos: Tensor  # logit of the positive, 0 if there is none
+    cosine: Tensor  # mean of the student's z / scale over the negatives with the weights exp(teacher's logit), or 0
+
+
 Sides = tuple[Side, Side]  # of the rows, of the columns
+TeacherSides = tuple[TeacherSide, TeacherSide]
 
 
 def in_turn(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> list[Tensor]:

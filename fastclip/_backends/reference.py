@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip._backends.problem import Problem, Side, SideGrads, Sides
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides, TeacherSide, TeacherSides
 
 __all__ = [
     "EPS",
@@ -21,6 +21,8 @@ __all__ = [
     "direction_bwd",
     "direction_fits",
     "direction_fwd",
+    "distill_bwd",
+    "distill_fwd",
     "inv_norms",
     "missing",
     "norms",
@@ -145,21 +147,17 @@ def contrastive_bwd(
 
     `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss with respect to them.
     """
-    out = zip(_wide_gradients(p, stats, grads, needs), (p.image, p.text, p.scale))
-    d_image, d_text, d_scale = (None if d is None else d.to(x.dtype) for d, x in out)
-    return d_image, d_text, d_scale
+    g, cosine, s = _derivatives(p, stats, grads)
+    return _in_dtypes(_gradients(p, stats, s * g, (g * cosine).sum(), needs), *_dtypes(p))
 
 
-def _wide_gradients(
-    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the results of `contrastive_bwd` in the dtype of the inverse norms."""
+def _derivatives(p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the derivatives of the loss with respect to the logits (M, N), the cosines (M, N) and the scale ()."""
     dtype = stats[0].inv_norm.dtype
     rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
     d_rows, d_cols = (SideGrads(*(d.to(dtype) for d in side)) for side in grads)
-    u, v = unit_rows(p.image, rows.inv_norm), unit_rows(p.text, cols.inv_norm)
     s = p.scale.to(dtype)
-    cosine = u @ v.T
+    cosine = unit_rows(p.image, rows.inv_norm) @ unit_rows(p.text, cols.inv_norm).T
     z = s * cosine
     positive, negative = _positive_and_negative(z, p)
     at_negatives = _softmax_weights(z, rows.neg, d_rows.neg, 1) + _softmax_weights(z, cols.neg, d_cols.neg, 0)
@@ -167,12 +165,28 @@ def _wide_gradients(
     if p.labels is not None:
         at_positives = at_positives + _softmax_weights(z, rows.pos_lse, d_rows.pos_lse, 1)
         at_positives = at_positives + _softmax_weights(z, cols.pos_lse, d_cols.pos_lse, 0)
-    g = torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0))
+    return torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0)), cosine, s
+
+
+def _gradients(
+    p: Problem, stats: Sides, d_cosine: Tensor, d_scale: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the three gradients from the derivatives with respect to the cosines (M, N) and to the scale ()."""
+    r, c = (side.inv_norm for side in stats)
+    u, v = unit_rows(p.image, r), unit_rows(p.text, c)
     return (
-        _through_norm(s * (g @ v), u, rows.inv_norm, p.normalize) if needs[0] else None,
-        _through_norm(s * (g.T @ u), v, cols.inv_norm, p.normalize) if needs[1] else None,
-        (g * cosine).sum() if needs[2] else None,
+        _through_norm(d_cosine @ v, u, r, p.normalize) if needs[0] else None,
+        _through_norm(d_cosine.T @ u, v, c, p.normalize) if needs[1] else None,
+        d_scale if needs[2] else None,
     )
+
+
+def _dtypes(p: Problem) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    return p.image.dtype, p.text.dtype, p.scale.dtype
+
+
+def _in_dtypes(grads: Sequence[Tensor | None], *dtypes: torch.dtype) -> tuple[Tensor | None, ...]:
+    return tuple(None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes))
 
 
 def row_losses(side: Side, count: Tensor | None) -> Tensor:
@@ -232,14 +246,62 @@ def direction_fwd(
         return loss, None, None, None
     d_rows = SideGrads(*(d / divisor for d in _row_derivatives(rows, count)))
     d_cols = SideGrads(*(torch.zeros_like(x) for x in (cols.neg, cols.pos, cols.pos_lse)))
-    grads = _wide_gradients(p, stats, (d_rows, d_cols), needs)
-    dtypes = saved_dtype(p.image), saved_dtype(p.text), p.scale.dtype
-    return loss, *(None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes))
+    g, cosine, s = _derivatives(p, stats, (d_rows, d_cols))
+    grads = _gradients(p, stats, s * g, (g * cosine).sum(), needs)
+    return loss, *_in_dtypes(grads, saved_dtype(p.image), saved_dtype(p.text), p.scale.dtype)
 
 
 def direction_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients from `direction_fwd` times d_loss (), in the dtypes of the three inputs."""
     return sigmoid_bwd(inputs, kept, d_loss)
+
+
+def _teacher_logits(t: Problem) -> Tensor:
+    """Return the logits (M, N) of a teacher, -inf at the positives."""
+    r, c = inv_norms(t.image, t.normalize), inv_norms(t.text, t.normalize)
+    z = t.scale.to(r.dtype) * unit_rows(t.image, r) @ unit_rows(t.text, c).T
+    return z.masked_fill(_diagonal(z, t.offset), -torch.inf)
+
+
+def distill_fwd(p: Problem, teachers: Sequence[Problem]) -> tuple[Sides, TeacherSides]:
+    """Return the statistics of `contrastive_fwd` of the student p, which has no labels, and those of its teachers.
+
+    The teachers have the rows and the offset of p, and their own D, dtype and scale.
+    """
+    stats = contrastive_fwd(p)
+    rows, cols = stats
+    cosine = unit_rows(p.image, rows.inv_norm) @ unit_rows(p.text, cols.inv_norm).T
+    sides: tuple[list[tuple[Tensor, ...]], ...] = [], []
+    for t in teachers:
+        z = _teacher_logits(t)
+        for side, one, dim in zip(sides, contrastive_fwd(t), (1, 0)):
+            weights = _softmax_weights(z, one.neg.to(z.dtype), torch.ones_like(one.pos).to(z.dtype), dim)
+            side.append((one.neg, one.pos, (weights * cosine).sum(dim).to(one.neg.dtype)))
+    of_rows, of_cols = (TeacherSide(*(torch.stack(x) for x in zip(*side))) for side in sides)
+    return stats, (of_rows, of_cols)
+
+
+def distill_bwd(
+    p: Problem,
+    teachers: Sequence[Problem],
+    stats: Sides,
+    of_teachers: TeacherSides,
+    grads: tuple[SideGrads, SideGrads],
+    d_cosine: tuple[Tensor, Tensor],
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of image, text and scale of the student p, with None for those that `needs` excludes.
+
+    `stats` and `of_teachers` are the results of `distill_fwd`. `grads` are the derivatives of the loss with respect to
+    `stats`, and `d_cosine` those with respect to `cosine` of the teachers' rows (K, M) and columns (K, N).
+    """
+    g, cosine, s = _derivatives(p, stats, grads)
+    weights = s * g
+    for k, t in enumerate(teachers):
+        z = _teacher_logits(t).to(g.dtype)
+        for side, d, dim in zip(of_teachers, d_cosine, (1, 0)):
+            weights = weights + _softmax_weights(z, side.neg[k].to(g.dtype), d[k].to(g.dtype), dim)
+    return _in_dtypes(_gradients(p, stats, weights, (g * cosine).sum(), needs), *_dtypes(p))
 
 
 def plain_saved(N: int) -> int:

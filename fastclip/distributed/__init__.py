@@ -5,6 +5,7 @@ from fastclip.distributed.collectives import before_group, gather_rows, sum_over
 from fastclip.distributed.ring_losses import ring_sigmoid_pairs
 from fastclip.distributed.statistics import (
     largest_over_ranks,
+    sharded_distillation,
     sharded_maxima,
     sharded_statistics,
     whole_rows,
@@ -21,6 +22,7 @@ __all__ = [
     "meet",
     "reported",
     "ring_sigmoid_pairs",
+    "sharded_distillation",
     "sharded_maxima",
     "sharded_statistics",
     "sum_over_ranks",

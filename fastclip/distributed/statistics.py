@@ -7,16 +7,25 @@ in rank order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastclip._backends.problem import Problem, Side, Sides
+from fastclip._backends.problem import Problem, Side, Sides, TeacherSide, TeacherSides
 from fastclip.distributed.agreement import Shards
 from fastclip.distributed.collectives import exchange_columns, gather_rows
 from fastclip.distributed.ring_losses import ring_statistics
-from fastclip.ops import contrastive_maxima, contrastive_statistics, merge_logsumexp
+from fastclip.ops import contrastive_maxima, contrastive_statistics, distillation_statistics, merge_logsumexp
 
-__all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics", "whole_rows", "with_all_texts"]
+__all__ = [
+    "largest_over_ranks",
+    "sharded_distillation",
+    "sharded_maxima",
+    "sharded_statistics",
+    "whole_rows",
+    "with_all_texts",
+]
 
 
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
@@ -43,10 +52,34 @@ def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
     return rows, cols._replace(neg_top=neg_top, pos_top=pos_top)
 
 
-def with_all_texts(p: Problem, shards: Shards) -> Problem:
-    """Return the problem of this rank's images and the texts of all ranks, which are gathered."""
-    texts = gather_rows(p.text, shards.texts, shards.group, after=None if p.labels is None else p.labels[1])
-    return p._replace(text=texts, offset=shards.own_texts.start)
+def with_all_texts(p: Problem, shards: Shards, after: Tensor | None = None) -> Problem:
+    """Return the problem of this rank's images and the texts of all ranks, which are gathered.
+
+    after: result of the previous collective, if that is not the exchange of the labels.
+    """
+    after = after if p.labels is None else p.labels[1]
+    return p._replace(text=gather_rows(p.text, shards.texts, shards.group, after), offset=shards.own_texts.start)
+
+
+def sharded_distillation(
+    p: Problem, teachers: Sequence[Problem], shards: Shards, backend: str | None
+) -> tuple[Sides, TeacherSides]:
+    """Return the statistics of this rank's images and texts in the whole batch, as `distillation_statistics` does.
+
+    The features of the student p and of the teachers are those of this rank. Texts are gathered.
+    """
+    whole = [with_all_texts(p, shards)]
+    for t in teachers:
+        whole.append(with_all_texts(t, shards, after=whole[-1].text))
+    (rows, cols), (of_rows, of_cols) = distillation_statistics(whole[0], whole[1:], backend)
+    here, K = shards.own_texts, len(teachers)
+    partial = torch.cat([cols.neg[None], of_cols.neg, of_cols.cosine])
+    neg, others, cosines = exchange_columns(partial, shards.texts, shards.group).split([1, K, K], dim=1)
+    # A rank's mean has the weight of its share of the sum of exponentials, which is 0 if it has no negative
+    merged = merge_logsumexp(others.detach())
+    shares = torch.where(others == -torch.inf, 0.0, (others - merged).exp()).detach()
+    own_cols = Side(merge_logsumexp(neg[:, 0]), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
+    return (rows, own_cols), (of_rows, TeacherSide(merged, of_cols.pos[:, here], (shares * cosines).sum(0)))
 
 
 def whole_rows(p: Problem, shards: Shards | None, image_weight: float) -> Problem:

@@ -35,14 +35,21 @@ def describe(name: str, x: Tensor) -> str:
 
 
 def check_features(
-    image: Tensor, text: Tensor, *, paired: bool, backend: str | None, may_be_empty: bool = False
+    image: Tensor,
+    text: Tensor,
+    *,
+    paired: bool,
+    backend: str | None,
+    may_be_empty: bool = False,
+    names: tuple[str, str] = ("image_features", "text_features"),
 ) -> None:
     """Raise unless the features are two matrices of the same floating dtype, device and D.
 
-    paired: both must have the same number of rows. may_be_empty: a shard of a batch may have no rows.
+    paired: both must have the same number of rows. may_be_empty: a shard of a batch may have no rows. names: those of
+    the arguments, for messages.
     """
     check_name(backend)
-    for name, x in (("image_features", image), ("text_features", text)):
+    for name, x in zip(names, (image, text)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if type(x).__name__ == "DTensor":
@@ -55,7 +62,7 @@ def check_features(
             raise TypeError(f"{name} must be a dense tensor, got a {layout} one: pass {name}.to_dense()")
 
     def both() -> str:  # called for errors only: under torch.compile, shapes may be symbolic
-        return f"{describe('image_features', image)} and {describe('text_features', text)}"
+        return f"{describe(names[0], image)} and {describe(names[1], text)}"
 
     if not (image.is_floating_point() and text.is_floating_point()):
         raise TypeError(f"features must be floating tensors: {both()}")

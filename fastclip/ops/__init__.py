@@ -3,6 +3,7 @@
 from fastclip.ops.autocast import autocast_dtype, autocast_features, autocasts, no_autocast
 from fastclip.ops.contrastive import contrastive_maxima, contrastive_statistics, merge_logsumexp
 from fastclip.ops.direction import one_direction, one_pass
+from fastclip.ops.distillation import distillation_statistics
 from fastclip.ops.plain import plain_loss
 from fastclip.ops.sigmoid import sigmoid_pairs
 from fastclip.ops.transforms import TENSORS, batched, recorded, transformed
@@ -15,6 +16,7 @@ __all__ = [
     "batched",
     "contrastive_maxima",
     "contrastive_statistics",
+    "distillation_statistics",
     "merge_logsumexp",
     "no_autocast",
     "one_direction",

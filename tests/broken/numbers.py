@@ -124,8 +124,8 @@ PROMISES = [
             Break(
                 "forward forgets",
                 "csrc/cpu/entry_points.cpp",
-                old="b.exclude_self != 0}",
-                new="false}",
+                old="b.exclude_self != 0,",
+                new="false,",
             ),
             Break(
                 "own pairs count",
@@ -152,8 +152,8 @@ PROMISES = [
             Break(
                 "forward guard",
                 "csrc/cpu/contrastive_fwd_tile.h",
-                old="if (!one_exponential(t, image, text, keep, row, col)) two",
-                new="if (!one_exponential(t, image, text, keep, row, col) && t.M < 0) two",
+                old="if (!one_exponential(t, image, text, keep, also, row, col)) two",
+                new="if (!one_exponential(t, image, text, keep, also, row, col) && t.M < 0) two",
             ),
             Break(
                 "backward guard",

@@ -137,13 +137,13 @@ def block_results(threads: int) -> tuple[Tensor, ...]:
         {"factor": torch.full((M,), 2.0), "factor_low": torch.zeros(M)},
         {"factor": torch.ones(N), "factor_low": None},
     )
-    rows, cols = contrastive._State(M, factors[0], label[0]), contrastive._State(N, factors[1], label[1])
+    rows, cols = contrastive.State(M, factors[0], label[0]), contrastive.State(N, factors[1], label[1])
     block = blocks.native_block((dot.data_ptr(), N, M, N, 0, 0), offset=0)
     native.module.contrastive_fwd(block, rows.native, cols.native, threads)
     sides = []
     for size, side, y, state in ((M, factors[0], label[0], rows), (N, factors[1], label[1], cols)):
         d, ones = torch.linspace(0.1, 1.0, size), torch.ones(size)
-        sides.append(contrastive._Weights(side, ones, y, state.results(ones), SideGrads(d, -d, d), 1.0))
+        sides.append(contrastive.Weights(side, ones, y, state.results(ones), SideGrads(d, -d, d), 1.0))
     d_scale = native.module.contrastive_bwd(block, sides[0].native, sides[1].native, threads)
     stats = flat((rows.results(torch.ones(M)), cols.results(torch.ones(N))))
     return *stats, dot, torch.tensor(d_scale, dtype=torch.float64)

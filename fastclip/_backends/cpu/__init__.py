@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
 from fastclip._backends.cpu.direction import direction_fits, direction_fwd
+from fastclip._backends.cpu.distillation import distill_bwd, distill_fwd
 from fastclip._backends.cpu.native import build, missing
 from fastclip._backends.cpu.plain import plain_bwd, plain_fwd, plain_saved
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
@@ -19,6 +20,8 @@ __all__ = [
     "direction_bwd",
     "direction_fits",
     "direction_fwd",
+    "distill_bwd",
+    "distill_fwd",
     "missing",
     "plain_bwd",
     "plain_fwd",

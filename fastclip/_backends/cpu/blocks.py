@@ -7,7 +7,7 @@ in place. 16-bit features are converted to fp32 block by block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -207,11 +207,18 @@ workspace = _Workspace()
 class Plan:
     """Blocks of a problem that fit into the workspace. The matrix product of each is written to one buffer.
 
-    owner: in a backward pass, the tensor that identifies its forward pass.
+    owner: in a backward pass, the tensor that identifies its forward pass. others: further features of the same images
+    and texts, whose dot products `beside` writes to a second block of the workspace.
     """
 
-    def __init__(self, image: Features, text: Features, owner: Tensor | None = None) -> None:
-        self.image, self.text, self.owner = image, text, owner
+    def __init__(
+        self,
+        image: Features,
+        text: Features,
+        owner: Tensor | None = None,
+        others: Sequence[tuple[Features, Features]] = (),
+    ) -> None:
+        self.image, self.text, self.owner, self.others = image, text, owner, others
         self.workers = threads(image.M, text.M)
         M, N = image.M, text.M
         whole = 0, M, 0, N
@@ -220,15 +227,17 @@ class Plan:
             self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
             return
         allowed = floats = env.workspace_bytes() // 4
+        parts = 2 if others else 1
+        floats //= parts
         # For 16-bit features the workspace also holds fp32 copies: d_text, the rows of the block and their d_image
-        copied = 0 if image.fp32 else image.D
+        copied = sum(x.D for x, _ in ((image, text), *others) if not x.fp32)
         floats -= min(N * copied, floats // 2) if copied else 0
         self.block_m, block_n = M, N
         if M > BLOCK_M or floats < 256 * M:
             self.block_m = min(M, BLOCK_M, max(floats // 256, 64))
         if 2 * self.block_m * copied + N * (self.block_m + copied) > floats:
             block_n = min(N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
-        self.buffer = workspace.reserve(self.block_m * block_n, allowed)
+        self.buffer = workspace.reserve(parts * self.block_m * block_n, allowed)
         if (self.block_m, block_n) == (M, N):
             self.blocks = [whole]
         else:
@@ -245,6 +254,14 @@ class Plan:
             torch.mm(self.image.rows(i0, i1), self.text.rows(j0, j1).T, out=dot)
         workspace.forget()
         return dot, (dot.data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0)
+
+    def beside(self, k: int, dots: Dots) -> tuple[Tensor, Dots]:
+        """Return the dot products of the features others[k] in a block of which `dots` holds those of the features."""
+        _, _, M, N, i0, j0 = dots
+        image, text = self.others[k]
+        dot = self.buffer[M * N : 2 * M * N].view(M, N)
+        torch.mm(image.rows(i0, i0 + M), text.rows(j0, j0 + N).T, out=dot)
+        return dot, (dot.data_ptr(), *dots[1:])
 
     def backward(self, factor: float, d_image: Tensor | None, d_text: Tensor | None) -> Iterator[Dots]:
         """Compute the gradients of the features from weights r_i G_ij c_j, which the caller supplies for each block.
@@ -293,9 +310,10 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         torch.mm(a, b, out=out)
 
 
-def native_block(dots: Dots, offset: int, exclude_self: bool = False) -> Any:
+def native_block(dots: Dots, offset: int, exclude_self: bool = False, other: int = 0) -> Any:
+    """Return a block for the native code. other: address of dot products of other features (`Plan.beside`), or 0."""
     place = dict(zip(("dot", "row_stride", "M", "N", "i0", "j0"), dots))
-    return native.module.Block(**place, offset=offset, exclude_self=exclude_self)
+    return native.module.Block(**place, offset=offset, exclude_self=exclude_self, other=other)
 
 
 def factors(inv_norm: Tensor, text_inv_norm: Tensor, scale: float) -> tuple[dict[str, Tensor | None], ...]:

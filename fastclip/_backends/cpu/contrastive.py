@@ -20,9 +20,9 @@ from fastclip._backends.cpu.blocks import (
 from fastclip._backends.native import address
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 
-__all__ = ["contrastive_bwd", "contrastive_fwd"]
+__all__ = ["LOG2E", "State", "Weights", "contrastive_bwd", "contrastive_fwd", "gain_of"]
 
-_LOG2E, _LN2 = math.log2(math.e), math.log(2)
+LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 
 def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -31,15 +31,20 @@ def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
     return labels[0].int().contiguous(), labels[1].int().contiguous()
 
 
-class _State:
+class State:
     """Running statistics of one side, in fp64 and in units of log 2."""
 
     def __init__(
-        self, size: int, factors: dict[str, Tensor | None], label: Tensor | None, maxima: bool = False
+        self,
+        size: int,
+        factors: dict[str, Tensor | None],
+        label: Tensor | None,
+        maxima: bool = False,
+        other_factor: Tensor | None = None,
     ) -> None:
         self.has_labels = label is not None
-        self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(
-            5, size, dtype=torch.float64, device="cpu"
+        self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum, self.neg_other = torch.zeros(
+            6, size, dtype=torch.float64, device="cpu"
         )
         names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
         tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
@@ -47,6 +52,8 @@ class _State:
         self.neg_top, self.pos_top = tops
         tensors["neg_top"] = self.neg_top if maxima else None
         tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
+        tensors["other_factor"] = other_factor
+        tensors["neg_other"] = None if other_factor is None else self.neg_other
         self.native = native.module.FwdSide(**{name: address(x) for name, x in tensors.items()})
 
     def results(self, inv_norm: Tensor) -> Side:
@@ -74,9 +81,9 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     text, text_inv_norm = features_of(p.text, c, p.normalize)
     plan = Plan(image, text)
     image_label, text_label = _int32(p.labels)
-    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, float(p.scale) * _LOG2E)
-    row_state = _State(image.M, image_factors, image_label, maxima)
-    col_state = _State(text.M, text_factors, text_label, maxima)
+    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, float(p.scale) * LOG2E)
+    row_state = State(image.M, image_factors, image_label, maxima)
+    col_state = State(text.M, text_factors, text_label, maxima)
     for block in plan.blocks:
         _, dots = plan.dots(block)
         native_dot = native_block(dots, p.offset, p.exclude_self)
@@ -89,7 +96,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     return rows._replace(neg_top=row_neg, pos_top=row_pos), cols._replace(neg_top=col_neg, pos_top=col_pos)
 
 
-class _Weights:
+class Weights:
     """Inputs of the backward pass for one side, in fp32, with log-sum-exps in units of log 2."""
 
     def __init__(
@@ -117,13 +124,13 @@ def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     d is the upstream gradient of lse. It is multiplied by the factor that compensates the rounding error of lse, except
     if |lse| is above 2^40, where a float64 has no digits left for the error.
     """
-    exact = lse.double() * _LOG2E
+    exact = lse.double() * LOG2E
     rounded = exact.float()
     lost = torch.where(rounded.abs() < 2.0**40, exact - rounded, 0.0)
     return rounded, (d.double() * torch.exp2(-lost)).float()
 
 
-def _gain(grads: Iterable[Tensor]) -> float:
+def gain_of(grads: Iterable[Tensor]) -> float:
     """Return a power of two that scales the largest upstream gradient to about 1.
 
     Without this factor, upstream gradients of 1e-30 or less would give weights that are flushed to zero, or subnormal
@@ -144,10 +151,10 @@ def contrastive_bwd(
     text, text_inv_norm = features_of(p.text, cols.inv_norm, p.normalize)
     plan = Plan(image, text, owner=rows.inv_norm)
     image_label, text_label = _int32(p.labels)
-    s, gain = float(p.scale), _gain((*d_rows, *d_cols))
-    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * _LOG2E)
-    row_weights = _Weights(image_factors, image_inv_norm, image_label, rows, d_rows, gain)
-    col_weights = _Weights(text_factors, text_inv_norm, text_label, cols, d_cols, gain)
+    s, gain = float(p.scale), gain_of((*d_rows, *d_cols))
+    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * LOG2E)
+    row_weights = Weights(image_factors, image_inv_norm, image_label, rows, d_rows, gain)
+    col_weights = Weights(text_factors, text_inv_norm, text_label, cols, d_cols, gain)
     d_image = p.image.new_empty(p.image.shape) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape) if needs[1] else None
     d_scale = 0.0
