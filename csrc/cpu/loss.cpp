@@ -118,7 +118,8 @@ double end(const fastclip_loss& loss, const Saved& s, int num_threads) {
 }
 
 fastclip_fwd_side fwd_side(const Side& s, const float* factor, const float* factor_low) {
-  return {factor, factor_low, nullptr, s.neg_max, s.neg_sum, s.pos, nullptr, nullptr, nullptr, nullptr};
+  return {factor,  factor_low, nullptr, s.neg_max, s.neg_sum, s.pos,
+          nullptr, nullptr,    nullptr, nullptr,   nullptr,   nullptr};
 }
 
 fastclip_bwd_side bwd_side(const Side& s, const float* factor, const float* factor_low) {

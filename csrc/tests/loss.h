@@ -81,7 +81,7 @@ struct LossRun {
           Matrix part(std::min(c.block_m, c.N - i0), std::min(c.block_n, c.N - j0));
           for (int64_t i = 0; i < part.M; ++i)
             for (int64_t j = 0; j < part.N; ++j) part.at(i, j) = dot.at(i0 + i, j0 + j);
-          const fastclip_block block{part.data.data(), part.stride, part.M, part.N, i0, j0, 0, 0};
+          const fastclip_block block{part.data.data(), part.stride, part.M, part.N, i0, j0, 0, 0, nullptr};
           double d = kInf;
           const int status = forward ? fastclip_cpu_loss_fwd(&loss, &block, &value, c.threads)
                                      : fastclip_cpu_loss_bwd(&loss, &block, &d, c.threads);

@@ -139,7 +139,7 @@ struct SigmoidRun {
   void run(bool gradients, int threads) {
     out = dot;
     sums = {};
-    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, 0};
+    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, 0, nullptr};
     const int status = fastclip_cpu_sigmoid_fwd(&block, row_norm.data(), col_norm.data(), scale,
                                                 static_cast<float>(bias), gradients, &sums, threads);
     CHECK(status == FASTCLIP_OK, "status %d", status);
