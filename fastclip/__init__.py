@@ -20,6 +20,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip.losses.hard_negatives import HardestNegatives, hardest_negatives
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
     from fastclip.losses.matryoshka import matryoshka_loss
+    from fastclip.losses.modules import ClipLoss, DistillClipLoss, SigLipLoss
     from fastclip.losses.modules import ClipLoss, SigLipLoss
     from fastclip.losses.multiview import multiview_loss
     from fastclip.losses.sigmoid import sigmoid_loss
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClipLoss",
     "ContrastiveStats",
+    "DistillClipLoss",
     "DualEncoder",
     "GlobalContrastiveLoss",
     "HardestNegatives",
@@ -59,6 +61,7 @@ __all__ = [
 _LAZY = {
     "ClipLoss": "fastclip.losses.modules",
     "ContrastiveStats": "fastclip.losses.stats",
+    "DistillClipLoss": "fastclip.losses.modules",
     "DualEncoder": "fastclip.models.dual_encoder",
     "GlobalContrastiveLoss": "fastclip.losses.global_contrastive",
     "HardestNegatives": "fastclip.losses.hard_negatives",

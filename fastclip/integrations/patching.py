@@ -92,7 +92,7 @@ class Calls:
         if not inspect.isfunction(function):  # another package replaced the method by a callable object
             return
         for name in _names(function.__code__):
-            of_class: Any = vars(self.owner).get(name)
+            of_class: Any = inspect.getattr_static(self.owner, name, None)
             of_module: Any = function.__globals__.get(name)
             # Wrappers, such as decorators of transformers, are followed to the function that they wrap
             if self._is_own(of_class) and name not in (*self._methods, *self._honoured):

@@ -41,7 +41,7 @@ from fastclip.ops import (
     plain_loss,
 )
 
-__all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare", "statistics_of"]
+__all__ = ["Batch", "contrastive_loss", "direction_loss", "direction_losses", "prepare", "statistics_of"]
 
 
 _NUMBERS = (float, int)

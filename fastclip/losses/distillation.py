@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip._backends.problem import Problem, Side, Sides, TeacherSide, TeacherSides
@@ -20,9 +19,10 @@ from fastclip.losses.arguments import (
     flag,
     scalar,
 )
+from fastclip.losses.contrastive import direction_loss
 from fastclip.ops import autocast_features, distillation_statistics
 
-__all__ = ["distillation_loss"]
+__all__ = ["contrastive_and_distillation", "distillation_loss"]
 
 _NAMES = "teacher_image_features", "teacher_text_features", "teacher_logit_scale"
 
@@ -80,27 +80,89 @@ def distillation_loss(
     group = check_group(group)
     with reported(group, equal_shards, image_features):
         check_reduction(reduction, ("mean", "sum", "none"))
-        normalize, image_weight = flag("normalize", normalize), check_share("image_weight", image_weight)
+        image_weight = check_share("image_weight", image_weight)
+    batch = _prepare(
+        (image_features, text_features, logit_scale),
+        (teacher_image_features, teacher_text_features, teacher_logit_scale),
+        normalize=normalize,
+        group=group,
+        agreed={"function": "distillation_loss", "reduction": reduction, "image_weight": image_weight},
+        equal_shards=equal_shards,
+        backend=backend,
+    )
+    return _reduced(batch, _losses(batch), reduction, image_weight)
+
+
+def contrastive_and_distillation(
+    student: tuple[Tensor, Tensor, float | Tensor],
+    teachers: tuple[Any, Any, Any],
+    *,
+    normalize: bool,
+    group: Any = None,
+    equal_shards: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the means of `contrastive_loss` and `distillation_loss`, from the same statistics.
+
+    Both together take as many operations as the second alone. student and teachers: features of images and texts, and
+    the scale, as in `distillation_loss`.
+    """
+    batch = _prepare(
+        student,
+        teachers,
+        normalize=normalize,
+        group=check_group(group),
+        agreed={"function": "contrastive_and_distillation"},
+        equal_shards=equal_shards,
+        backend=backend,
+    )
+    rows, cols = (direction_loss(side, None, 0.0, None) for side in batch.stats[0])
+    contrastive, distillation = (_reduced(batch, losses, "mean", 0.5) for losses in ((rows, cols), _losses(batch)))
+    assert isinstance(contrastive, Tensor) and isinstance(distillation, Tensor)
+    return contrastive, distillation
+
+
+class _Batch(NamedTuple):
+    """A checked student, and the statistics of its rows and columns and of those of the teachers."""
+
+    student: Problem
+    stats: tuple[Sides, TeacherSides]
+    shards: Shards | None  # None if the features are the whole batch
+
+
+def _prepare(
+    student: tuple[Tensor, Tensor, float | Tensor],
+    teachers: tuple[Any, Any, Any],
+    *,
+    normalize: bool,
+    group: Any,
+    agreed: dict[str, Any],
+    equal_shards: bool,
+    backend: str | None,
+) -> _Batch:
+    """Check the arguments, apply autocast, let the ranks agree, and compute the statistics.
+
+    agreed: further options that must be equal on all ranks of `group`.
+    """
+    image, text, logit_scale = student
+    with reported(group, equal_shards, image):
+        normalize = flag("normalize", normalize)
         may_be_empty = group is not None and not equal_shards
         options: dict[str, Any] = {"paired": True, "backend": backend, "may_be_empty": may_be_empty}
-        check_features(image_features, text_features, **options)
-        teachers = _teachers(teacher_image_features, teacher_text_features, teacher_logit_scale)
-        scale = scalar("logit_scale", logit_scale, image_features)
-        student = Problem(*autocast_features(image_features, text_features, scale), normalize=normalize)
-        problems = [_checked(teacher, student, image_features, options) for teacher in teachers]
+        check_features(image, text, **options)
+        scale = scalar("logit_scale", logit_scale, image)
+        p = Problem(*autocast_features(image, text, scale), normalize=normalize)
+        problems = [_checked(teacher, p, image, options) for teacher in _teachers(*teachers)]
         if group is not None:
-            for p in (student, *problems):
-                check_shard(backend, *p[:3])
+            for one in (p, *problems):
+                check_shard(backend, *one[:3])
     if group is None:
-        stats = distillation_statistics(student, problems, backend)
-        return _reduced(student, stats, reduction, image_weight, None)
-    agreed = {"function": "distillation_loss", "reduction": reduction, "image_weight": image_weight}
-    agreed |= {"normalize": normalize, "teachers": [(p.image.shape[1], p.image.dtype) for p in problems]}
+        return _Batch(p, distillation_statistics(p, problems, backend), None)
+    agreed = {**agreed, "normalize": normalize, "teachers": [(t.image.shape[1], t.image.dtype) for t in problems]}
     # One number for the scales of all teachers, which hardly any other scales have
-    scales = sum((k + 1) ** 0.5 * p.scale for k, p in enumerate(problems))
-    scalars = {"logit_scale": student.scale, "teacher_logit_scale": torch.as_tensor(scales)}
-    shards = meet(group, *student[:2], scalars, agreed, equal_shards)
-    return _reduced(student, sharded_distillation(student, problems, shards, backend), reduction, image_weight, shards)
+    scales = torch.stack([(k + 1) ** 0.5 * t.scale for k, t in enumerate(problems)]).sum()
+    shards = meet(group, p.image, p.text, {"logit_scale": p.scale, "teacher_logit_scale": scales}, agreed, equal_shards)
+    return _Batch(p, sharded_distillation(p, problems, shards, backend), shards)
 
 
 class _Teacher(NamedTuple):
@@ -146,15 +208,12 @@ def _checked(teacher: _Teacher, student: Problem, features: Tensor, options: dic
 
 
 def _reduced(
-    student: Problem,
-    stats: tuple[Sides, TeacherSides],
-    reduction: str,
-    image_weight: float,
-    shards: Shards | None,
+    batch: _Batch, losses: tuple[Tensor, Tensor], reduction: str, image_weight: float
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the loss of `distillation_loss` from the statistics."""
+    """Return the loss from those of this rank's images and texts."""
+    student, _, shards = batch
+    row_loss, col_loss = losses
     dtype = student.scale.dtype
-    row_loss, col_loss = (_losses(*side, student.scale) for side in zip(*stats))
     if reduction == "none":
         return row_loss.to(dtype), col_loss.to(dtype)
     total = image_weight * row_loss.sum() + (1.0 - image_weight) * col_loss.sum()
@@ -163,8 +222,14 @@ def _reduced(
     return (total if shards is None else shards.ranks * total).to(dtype)
 
 
-def _losses(side: Side, of_teachers: TeacherSide, scale: Tensor) -> Tensor:
-    """Return the losses (M,) of the rows, or (N,) of the columns.
+def _losses(batch: _Batch) -> tuple[Tensor, Tensor]:
+    """Return the distillation loss of every image (M,) and of every text (N,)."""
+    rows, cols = (_direction_loss(*side, batch.student.scale) for side in zip(*batch.stats))
+    return rows, cols
+
+
+def _direction_loss(side: Side, of_teachers: TeacherSide, scale: Tensor) -> Tensor:
+    """Return the losses (M,) of the rows, or (N,) of the columns, from the statistics of that side.
 
     Let p be the positive, which both softmaxes contain. As P sums to 1, the cross-entropy is
 
@@ -175,4 +240,4 @@ def _losses(side: Side, of_teachers: TeacherSide, scale: Tensor) -> Tensor:
     """
     share = torch.sigmoid(of_teachers.neg - of_teachers.pos).detach()  # (K, M): the teachers' probability of negatives
     gap = side.pos - scale.to(side.pos.dtype) * of_teachers.cosine
-    return F.softplus(side.neg - side.pos, threshold=64) + (share * gap).mean(0)
+    return direction_loss(side, None, 0.0, None) + (share * gap).mean(0)

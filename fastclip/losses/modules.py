@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.distillation import contrastive_and_distillation
 from fastclip.losses.sigmoid import sigmoid_loss
 
-__all__ = ["ClipLoss", "SigLipLoss"]
+__all__ = ["ClipLoss", "DistillClipLoss", "SigLipLoss"]
 
 
 class ClipLoss(nn.Module):
@@ -69,6 +70,37 @@ class ClipLoss(nn.Module):
         """
         _refuse_hooks(self, "ClipLoss", ("get_logits", "get_ground_truth"))
         return clip_loss(self, image_features, text_features, logit_scale, logit_bias, output_dict)
+
+
+class DistillClipLoss(ClipLoss):
+    """Drop-in for ``open_clip.loss.DistillClipLoss`` (3.3): same constructor, forward and ``output_dict``.
+
+    The contrastive loss of a student, and the cross-entropy with the softmaxes of a frozen teacher of
+    `distillation_loss`, computed in one pass. The teacher may have another D and dtype. Its features receive no
+    gradient, while open_clip's class passes one on to features that require it.
+
+    What `ClipLoss` says about features, flags, ranks and overridden methods holds here as well.
+    """
+
+    def forward(  # type: ignore[override]  # as in open_clip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Return the contrastive and the distillation loss, a pair or ``{"contrastive_loss": .., "distill_loss": ..}``.
+
+        image_features and text_features (N, D), and the teacher's dist_image_features and dist_text_features (N, D_t),
+        must be normalised, and both scales exponentiated.
+        """
+        _refuse_hooks(self, "DistillClipLoss", ("get_logits", "get_ground_truth", "dist_loss"))
+        student = image_features, text_features, logit_scale
+        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        return distill_clip_loss(self, *student, *teacher, output_dict=output_dict)
 
 
 class SigLipLoss(nn.Module):
@@ -137,6 +169,26 @@ def clip_loss(
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * logit_bias.sum()
     return {"contrastive_loss": loss} if output_dict else loss
+
+
+def distill_clip_loss(
+    module: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    dist_image_features: Tensor,
+    dist_text_features: Tensor,
+    dist_logit_scale: float | Tensor,
+    output_dict: bool = False,
+) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+    """Compute the forward of a ``DistillClipLoss``: `module` is fastclip's or open_clip's."""
+    losses = contrastive_and_distillation(
+        (image_features, text_features, logit_scale),
+        (dist_image_features, dist_text_features, dist_logit_scale),
+        normalize=False,
+        group=_world(module.rank, module.world_size),
+    )
+    return dict(zip(("contrastive_loss", "distill_loss"), losses)) if output_dict else losses
 
 
 def siglip_loss(

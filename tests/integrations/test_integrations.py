@@ -37,7 +37,7 @@ from support.patched_ranks import clip_batch, clip_model
 
 N = 96  # pairs; no other axis of a tensor has this length
 CLASSES = {"clip": CLIPModel, "siglip": SiglipModel, "align": AlignModel}
-PATCHED = (*CLASSES.values(), open_clip.loss.ClipLoss, open_clip.loss.SigLipLoss)
+PATCHED = (*CLASSES.values(), *(getattr(open_clip.loss, f"{k}Loss") for k in ("Clip", "SigLip", "DistillClip")))
 ORIGINALS = [vars(owner)["forward"] for owner in PATCHED]
 
 
@@ -245,10 +245,12 @@ OPEN_CLIP = {
 }
 
 
-@pytest.mark.parametrize("name", OPEN_CLIP)
+@pytest.mark.parametrize("name", [*OPEN_CLIP, "of a teacher that is trained"])
 @pytest.mark.parametrize("before", [False, True], ids=["made after", "made before"])
 def test_open_clip_losses_are_the_same(name: str, before: bool) -> None:
-    """Losses of open_clip stay the same without the logits, except for DistillClipLoss, which needs them."""
+    """Losses of open_clip stay the same without the logits, except for that of a teacher that requires gradients."""
+    trained = name == "of a teacher that is trained"
+    name = "DistillClipLoss" if trained else name
     dense = open_clip.create_loss(OPEN_CLIP[name])
     leaves = [x.requires_grad_() for x in torch.nn.functional.normalize(torch.randn(4, N, 8), dim=-1)]
     scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
@@ -258,8 +260,9 @@ def test_open_clip_losses_are_the_same(name: str, before: bool) -> None:
     elif name == "CoCaLoss":
         inputs |= {"logits": torch.randn(N, 5, 7), "labels": torch.randint(0, 7, (N, 5))}
     elif name == "DistillClipLoss":
-        inputs |= {"dist_image_features": leaves[2], "dist_text_features": leaves[3], "dist_logit_scale": 10.0}
-    variables = [*leaves[:2], scale, *([bias] if "logit_bias" in inputs else [])]
+        teacher = [x if trained else x.detach() for x in leaves[2:]]
+        inputs |= {"dist_image_features": teacher[0], "dist_text_features": teacher[1], "dist_logit_scale": 10.0}
+    variables = [*leaves[: 4 if trained else 2], scale, *([bias] if "logit_bias" in inputs else [])]
 
     def values(loss: Any) -> dict[str, Tensor]:
         return loss(**inputs, output_dict=True)
@@ -276,7 +279,7 @@ def test_open_clip_losses_are_the_same(name: str, before: bool) -> None:
     for key in theirs:
         assert ours[key].item() == pytest.approx(theirs[key].item(), rel=LOSS)
     assert_same([*torch.autograd.grad(sum(ours.values()), variables)], [*their_grads])
-    assert makes_matrix(lambda: values(loss)) == (name == "DistillClipLoss")
+    assert makes_matrix(lambda: values(loss)) == trained
 
 
 TRAIN = """

@@ -42,6 +42,15 @@ class SoftCoCa(Soft, open_clip.loss.CoCaLoss):
     pass
 
 
+class SoftDistill(Soft, open_clip.loss.DistillClipLoss):
+    pass
+
+
+class Warm(open_clip.loss.DistillClipLoss):
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        return super().dist_loss(teacher_logits / 2, student_logits / 2)
+
+
 class Margin(open_clip.loss.SigLipLoss):
     def get_logits(self, *args: Any) -> Tensor:
         return super().get_logits(*args) + 1
@@ -61,6 +70,8 @@ def with_attribute() -> Any:
 CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "Soft": (Soft, "Soft.get_ground_truth"),
     "SoftCoCa": (lambda: SoftCoCa(2.0, 1.0), "SoftCoCa.get_ground_truth"),
+    "SoftDistill": (SoftDistill, "SoftDistill.get_ground_truth"),
+    "Warm": (Warm, "Warm.dist_loss"),
     "Margin": (Margin, "Margin.get_logits"),
     "Twice": (Twice, "Twice._loss"),
     "an instance": (with_attribute, "ClipLoss.get_logits"),
@@ -73,6 +84,8 @@ def batch_of(loss: Any) -> list[Tensor]:
     inputs = [image, text, torch.tensor(10.0)]
     if isinstance(loss, open_clip.loss.SigLipLoss):
         inputs.append(torch.tensor(-3.0))
+    if isinstance(loss, open_clip.loss.DistillClipLoss):
+        inputs += [image.flip(0), text, torch.tensor(5.0)]
     if isinstance(loss, open_clip.loss.CoCaLoss):
         inputs[2:2] = [torch.randn(8, 5, 7, generator=generator), torch.ones(8, 5, dtype=torch.int64)]
     return inputs
