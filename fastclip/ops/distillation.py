@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip._backends import pick, reference, serving
+from fastclip._backends import reference, serving, without_distillation
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides, TeacherSide, TeacherSides, in_turn
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.backward import TAGS, check_second_derivatives, vector_jacobian
@@ -58,10 +58,12 @@ class _Arguments(NamedTuple):
 
     def serving(self) -> ModuleType:
         """Return the backend module that supports the features of the student and of every teacher."""
-        module = serving(self.backend, self.problem())
-        for image in self.teacher_images:
-            if module is not reference and pick(self.backend, image)[1] is not module:
-                module = serving(self.backend, self.problem()._replace(image=image))
+        for image in (self.image, *self.teacher_images):
+            module = serving(self.backend, self.problem()._replace(image=image))
+            if module is reference:
+                break
+            if not hasattr(module, "distill_fwd"):
+                return without_distillation(self.backend, image)
         return module
 
 

@@ -47,6 +47,7 @@ PARTS = [
     "prefixes",
     "mining",
     "few_rows",
+    "distillation",
     "interface",
     "modes",
     "layers",
