@@ -151,8 +151,9 @@ def _prepare(
         options: dict[str, Any] = {"paired": True, "backend": backend, "may_be_empty": may_be_empty}
         check_features(image, text, **options)
         scale = scalar("logit_scale", logit_scale, image)
-        p = Problem(*autocast_features(image, text, scale), normalize=normalize)
-        problems = [_checked(teacher, p, image, options) for teacher in _teachers(*teachers)]
+        image, text, scale = autocast_features(image, text, scale)
+        p = Problem(image, text, scale, normalize=normalize)
+        problems = [_checked(teacher, p, student[0], options) for teacher in _teachers(*teachers)]
         if group is not None:
             for one in (p, *problems):
                 check_shard(backend, *one[:3])
