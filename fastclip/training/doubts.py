@@ -60,6 +60,7 @@ def doubts(
     samples: int,
     ranks: int,
     with_labels: bool,
+    embed_dim: int,
     resumed: bool = False,
     chosen: bool = False,
 ) -> Iterator[str]:
@@ -70,6 +71,7 @@ def doubts(
         samples: size of the dataset.
         ranks: world size.
         with_labels: the loss treats repeats of a pair as positives.
+        embed_dim: length of the model's features.
         resumed: the run starts from the weights of a checkpoint.
         chosen: the micro-batch was not given but chosen.
     """
@@ -92,6 +94,11 @@ def doubts(
     yield from _doubts_of_caching(options, ranks, chosen=chosen)
     if options.label_smoothing == 1:
         yield "--label-smoothing 1: every text is equally correct, so nothing is learned"
+    if options.prefixes is not None and (longest := max(options.prefixes)) < embed_dim:
+        yield (
+            f"--prefixes {' '.join(map(str, options.prefixes))}: of {embed_dim} features only the first {longest} are "
+            f"trained: add {embed_dim} to train all of them"
+        )
     if options.pretrained is None and not resumed:
         for tower in ("image", "text"):
             if getattr(options, f"lock_{tower}"):

@@ -266,6 +266,7 @@ class _Trainer:
             "samples": len(self.source),
             "ranks": world.ranks,
             "with_labels": self.loss.with_labels,
+            "embed_dim": self.config.embed_dim,
         }
         about |= {"resumed": loop.first > 0, "chosen": asked.micro_batch == "auto"}
         _warn(doubts(options, **about))

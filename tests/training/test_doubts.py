@@ -71,6 +71,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
             {"weight_decay": 400.0},
             "--lr 0.0005 times --weight-decay 400 is so large that each step shrinks the matrices by 20%: lower one",
         ),
+        ({"prefixes": (8, 16)}, "--prefixes 8 16: of 64 features only the first 16 are trained: add 64 to train all"),
+        ({"prefixes": (64, 16)}, None),
         ({"label_smoothing": 1.0}, "--label-smoothing 1: every text is equally correct, so nothing is learned"),
         ({"lock_text": True}, "--lock-text without --pretrained: the text tower keeps its random initial weights"),
         (
@@ -85,7 +87,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 )
 def test_setting_that_ruins_a_run_is_told(tmp_path: Path, changed: dict[str, Any], told: str | None) -> None:
     asked = options(tmp_path, **{"lr": 5e-4, "warmup": 0, "weight_decay": 0.2, **changed})
-    found = list(doubts.doubts(asked, samples=100, ranks=1, with_labels=asked.loss == "unicl"))
+    about = {"samples": 100, "ranks": 1, "with_labels": asked.loss == "unicl", "embed_dim": 64}
+    found = list(doubts.doubts(asked, **about))
     assert len(found) == (told is not None), found
     assert told is None or found[0].startswith(told)
 
