@@ -95,7 +95,7 @@ def test_setting_that_ruins_a_run_is_told(tmp_path: Path, changed: dict[str, Any
 
 def test_tower_of_a_resumed_run_is_not_random(tmp_path: Path) -> None:
     asked = options(tmp_path, lr=5e-4, warmup=0, weight_decay=0.2, lock_text=True)
-    assert not list(doubts.doubts(asked, samples=100, ranks=1, with_labels=True, resumed=True))
+    assert not list(doubts.doubts(asked, samples=100, ranks=1, with_labels=True, embed_dim=64, resumed=True))
 
 
 def test_doubts_are_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
