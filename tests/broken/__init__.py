@@ -56,6 +56,7 @@ PARTS = [
     "cuda_tile",
     "cuda_pairs",
     "distributed",
+    "global_loss",
     "integrations",
     "models",
     "model_files",

@@ -54,3 +54,10 @@ def test_launch_script_trains_on_two_processes(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs" / "multi-gpu").iterdir()
     assert f"{folder.relative_to(tmp_path)}: 20 steps" in said and "zero_shot_top1" in said
     assert (folder / "model").is_dir()
+
+
+def test_global_loss_gains_from_its_running_means(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "global_loss.py"), "--data", "latent", "--seeds", "1", "--epochs", "2"]
+    said = run(command, tmp_path)
+    plain, forgetful, of_dataset, _ = (float(x) for x in re.findall(r"batch +[\d,]+ +([\d.]+) %", said))
+    assert of_dataset > max(plain, forgetful) + 2
