@@ -115,7 +115,7 @@ typedef struct fastclip_direction {
 } fastclip_direction;
 
 typedef struct fastclip_direction_sums {
-  double loss;    /* sum of the losses of the rows; a row without a positive has loss 0 */
+  double loss;    /* sum of the losses of the rows; with labels, that of a row without a positive is 0 */
   double d_scale; /* sum_ij r_i G_ij c_j dot_ij, where G_ij is the derivative of that sum */
 } fastclip_direction_sums;
 

@@ -7,6 +7,7 @@
 
 #include "../cpu/thread_pool.h"
 #include "contrastive.h"
+#include "direction.h"
 #include "loss.h"
 #include "resize.h"
 
@@ -192,6 +193,12 @@ void sigmoid() {
   }
 }
 
+void direction() {
+  for_each_isa([] { direction_accurate(kShapes); });
+  direction_threads();
+  direction_refusals();
+}
+
 void threads() {
   CHECK(fastclip_cpu_select_threads("pool") == FASTCLIP_OK, "pool");
   for (int64_t count : {0, 1, 2, 1000}) {
@@ -366,6 +373,7 @@ constexpr Group kGroups[] = {{"contrastive", contrastive},
                              {"bitwise_over_threads", bitwise_over_threads},
                              {"nan_and_infinity_stay", nan_and_infinity_stay},
                              {"sigmoid", sigmoid},
+                             {"direction", direction},
                              {"loss_of_pairs", loss_of_pairs},
                              {"threads", threads},
                              {"after_fork", after_fork},

@@ -224,7 +224,8 @@ def _row_derivatives(side: Side, count: Tensor | None) -> SideGrads:
     q = torch.where(count > 0, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
     x = torch.where(count > 0, side.neg, -torch.inf) - q
     d_neg = torch.sigmoid(x)
-    d_pos = torch.where(count > 1, -1.0 / count.clamp_min(1), torch.where(count == 1, -d_neg, 0.0))
+    share = 1.0 / count.clamp_min(1).to(d_neg.dtype)
+    d_pos = torch.where(count > 1, -share, torch.where(count == 1, -d_neg, 0.0))
     return SideGrads(d_neg, d_pos, torch.where(count > 1, torch.sigmoid(-x), 0.0))
 
 

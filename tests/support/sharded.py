@@ -44,6 +44,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels smoothed": {"labels": "two", "label_smoothing": 0.1},
     "self pairs": {"labels": "one", "exclude_self": True, "label_smoothing": 0.1},
     "not normalised": {"normalize": False},
+    "images alone": {"image_weight": 1.0},
+    "images alone, self pairs": {"labels": "one", "exclude_self": True, "image_weight": 1.0},
+    "texts alone": {"image_weight": 0.0},
+    "texts alone, labels": {"labels": "two", "image_weight": 0.0},
     "sigmoid": {"bias": -3.0},
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
