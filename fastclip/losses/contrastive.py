@@ -96,7 +96,9 @@ def contrastive_loss(
             not wait to check the labels, so the error is a device-side assertion like that of cross_entropy, after
             which the CUDA context is unusable. On other devices -1 is a class.
         image_weight: weight w in [0, 1] of the image -> text direction (0.75 in ConVIRT, Zhang et al. 2020). ALIGN's
-            sum of both directions is twice the default.
+            sum of both directions is twice the default. With 1 or 0 the other direction is not computed. On a CPU, and
+            unless ``label_smoothing``, ``reduction="none"`` or ``comm="ring"`` is used, the gradients are then computed
+            in the forward pass, and the graph holds them until the backward pass.
         label_smoothing: eps in [0, 1] (ALIGN: 0.1). The targets of an image are (1 - eps) / n on its n positives plus
             eps / N on all N texts. The targets of a text are the same with eps / M on all M images. ``exclude_self``
             leaves pair (i, i) out, so that N - 1 texts or M - 1 images remain.

@@ -29,6 +29,12 @@ PROMISES = [
                 new="offset=0)",
             ),
             Break(
+                "ranks: one direction starts at the first image",
+                "fastclip/distributed/statistics.py",
+                old="offset = shards.own_images.start",
+                new="offset = 0",
+            ),
+            Break(
                 "ranks: a column is its owner's rows",
                 "fastclip/distributed/statistics.py",
                 old="Side(merge_logsumexp(neg), cols.pos[here]",

@@ -49,6 +49,70 @@ PROMISES = [
         ],
     ),
     Promise(
+        COST,
+        "One direction alone (`image_weight` 1 or 0) takes three matrix products on a CPU, and one without gradients",
+        tests=[
+            "losses/test_direction.py::test_one_direction_work_is_three_products",
+        ],
+        breaks=[
+            Break(
+                "both sides' statistics serve",
+                "fastclip/_backends/cpu/direction.py",
+                old="return rows >= _FEWEST or rows >= image.shape[0]",
+                new="return False",
+            ),
+            Break(
+                "gradients that nobody needs",
+                "fastclip/_backends/cpu/direction.py",
+                old="if row_factor is None or not (needs[0] or needs[1]):",
+                new="torch.mm(dot, text.rows(0, text.M))\n        if row_factor is None or not (needs[0] or needs[1]):",
+            ),
+        ],
+    ),
+    Promise(
+        NUMBERS,
+        "One direction alone is right: with labels, without normalisation, for solved batches and in 16 bits",
+        tests=[
+            "losses/test_direction.py::test_one_direction_accurate",
+            "losses/test_direction.py::test_one_direction_with_labels_accurate",
+            "losses/test_direction.py::test_one_direction_excludes_self_pairs",
+            "losses/test_direction.py::test_one_direction_confident_loss_keeps_digits",
+            "losses/test_direction.py::test_one_direction_with_few_rows_in_the_workspace_is_that_of_statistics",
+        ],
+        breaks=[
+            Break(
+                "the texts' loss is that of the images",
+                "fastclip/distributed/statistics.py",
+                old="if image_weight == 1.0:",
+                new="if image_weight >= 0.0:",
+            ),
+            Break(
+                "the positive is a negative, too",
+                "csrc/cpu/direction_tile.h",
+                old="i, NotOwn{j});",
+                new="i, NotOwn{j + (1 << 30)});",
+            ),
+            Break(
+                "1 - probability",
+                "csrc/cpu/direction_tile.h",
+                old="(x < 0.0 ? 0.0 : x) + log1p(exp(-fabs(x)))",
+                new="log(1.0f + static_cast<float>(exp(x)))",
+            ),
+            Break(
+                "the softmax of several positives is left out",
+                "csrc/cpu/direction_tile.h",
+                old="several ? sigmoid_of(-x) / positives.sum : 0.0",
+                new="0.0",
+            ),
+            Break(
+                "the factor of a row is left out of the images",
+                "fastclip/_backends/cpu/direction.py",
+                old="raw_image.mul_(row_factor)",
+                new="raw_image.mul_(1.0)",
+            ),
+        ],
+    ),
+    Promise(
         NUMBERS,
         "The backward pass reuses only the logits of its own forward pass, never those of another one",
         tests=[
