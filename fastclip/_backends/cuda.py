@@ -1,9 +1,8 @@
 """The CUDA backend: tile kernels for Hopper (csrc/cuda), which normally do all work that costs O(M N D).
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
-all other cases the launchers of the Triton backend start these tile kernels instead of Triton's. Triton's other kernels
-remain: norms, reductions, and gradients from weighted sums of features (the finish), which cost O((M + N) D). Triton
-also computes a problem again if the range of its logits was too large for the fast kernels (a repair).
+all other cases the launchers of the Triton backend start these tile kernels. Triton's other kernels remain: norms,
+reductions, the finish of gradients, repairs of a problem whose logits had too large a range, and all of distillation.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from fastclip._backends import triton
 from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem, SideGrads, Sides
 from fastclip._backends.reference import saved_dtype
+from fastclip._backends.triton import distill_bwd as distill_bwd
+from fastclip._backends.triton import distill_fwd as distill_fwd
 from fastclip.system import env
 from fastclip.system.rounding import ceil_div
 
@@ -281,9 +282,8 @@ def plain_bwd(
     d_text = text.new_empty(text.shape) if needs[1] else None
     d_scale = scale.new_empty(()) if needs[2] else None
     image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
-    N = image.shape[0]
     rows, _, stride, extra, _, columns = sizes[2:]
-    width = x.shape[1]
+    N, width = x.shape
     # One allocation for the weights and, in fp32, for their products with the features
     raw = (rows + extra) * stride
     work = image.new_empty(raw + 2 * (rows + N) * width)

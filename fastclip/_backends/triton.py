@@ -12,12 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends.problem import FUSED_DTYPES, Problem, Side, SideGrads, Sides, in_turn
+from fastclip._backends.problem import (
+    FUSED_DTYPES,
+    Problem,
+    Side,
+    SideGrads,
+    Sides,
+    TeacherSide,
+    TeacherSides,
+    in_turn,
+)
 from fastclip._backends.reference import saved_dtype
 
 __all__ = [
     "contrastive_bwd",
     "contrastive_fwd",
+    "distill_bwd",
+    "distill_fwd",
     "missing",
     "plain_bwd",
     "plain_fwd",
@@ -117,6 +128,39 @@ def contrastive_bwd(
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
     rows, cols = (side.tensors() for side in stats)
     return launcher.contrastive_bwd(*p, in_turn(rows, cols), in_turn(*grads), needs, tiles=tiles)
+
+
+def _tensors(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return p.image, p.text, p.scale
+
+
+@_on_device
+def distill_fwd(p: Problem, teachers: Sequence[Problem]) -> tuple[Sides, TeacherSides]:
+    """Compute `reference.distill_fwd`."""
+    launcher = importlib.import_module("fastclip.triton_kernels.distill_fwd")
+    models = _tensors(p), [_tensors(t) for t in teachers]
+    of_student, of_teachers = launcher.distill_fwd(*models, p.offset, p.normalize)
+    none = p.image.new_empty(0)
+    rows, cols = (Side(neg, pos, none, inv) for neg, pos, inv in (of_student[0::2], of_student[1::2]))
+    return (rows, cols), (TeacherSide(*of_teachers[0::2]), TeacherSide(*of_teachers[1::2]))
+
+
+@_on_device
+def distill_bwd(
+    p: Problem,
+    teachers: Sequence[Problem],
+    stats: Sides,
+    of_teachers: TeacherSides,
+    grads: tuple[SideGrads, SideGrads],
+    d_cosine: tuple[Tensor, Tensor],
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute `reference.distill_bwd`."""
+    launcher = importlib.import_module("fastclip.triton_kernels.distill_bwd")
+    models = _tensors(p), [_tensors(t) for t in teachers]
+    neg, teacher_neg = tuple(side.neg for side in stats), tuple(side.neg for side in of_teachers)
+    derivatives = tuple(d.neg for d in grads), tuple(d.pos for d in grads), d_cosine
+    return launcher.distill_bwd(*models, p.offset, p.normalize, neg, teacher_neg, *derivatives, needs)
 
 
 @functools.cache

@@ -113,7 +113,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "`DistillClipLoss` has open_clip's signature, values and gradients, in one process and in several (distillation)",
+        "`DistillClipLoss` has open_clip's signature, values and gradients, in one process and in several",
         tests=[
             "losses/test_distillation_torch.py::test_module_has_open_clip_signature",
             "losses/test_distillation_torch.py::test_module_equals_open_clip",
