@@ -21,7 +21,6 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip.losses.logit_statistics import LogitStatistics, logit_statistics
     from fastclip.losses.matryoshka import matryoshka_loss
     from fastclip.losses.modules import ClipLoss, DistillClipLoss, SigLipLoss
-    from fastclip.losses.modules import ClipLoss, SigLipLoss
     from fastclip.losses.multiview import multiview_loss
     from fastclip.losses.sigmoid import sigmoid_loss
     from fastclip.losses.stats import ContrastiveStats, contrastive_stats

@@ -148,7 +148,7 @@ def contrastive_bwd(
     `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss with respect to them.
     """
     g, cosine, s = _derivatives(p, stats, grads)
-    return _in_dtypes(_gradients(p, stats, s * g, (g * cosine).sum(), needs), *_dtypes(p))
+    return _in_dtypes(_gradients(p, stats, s * g, (g * cosine).sum(), needs), *(x.dtype for x in p[:3]))
 
 
 def _derivatives(p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads]) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,12 +181,11 @@ def _gradients(
     )
 
 
-def _dtypes(p: Problem) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    return p.image.dtype, p.text.dtype, p.scale.dtype
-
-
-def _in_dtypes(grads: Sequence[Tensor | None], *dtypes: torch.dtype) -> tuple[Tensor | None, ...]:
-    return tuple(None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes))
+def _in_dtypes(
+    grads: Sequence[Tensor | None], *dtypes: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    d_image, d_text, d_scale = (None if d is None else d.to(dtype) for d, dtype in zip(grads, dtypes))
+    return d_image, d_text, d_scale
 
 
 def row_losses(side: Side, count: Tensor | None) -> Tensor:
@@ -302,7 +301,7 @@ def distill_bwd(
         z = _teacher_logits(t).to(g.dtype)
         for side, d, dim in zip(of_teachers, d_cosine, (1, 0)):
             weights = weights + _softmax_weights(z, side.neg[k].to(g.dtype), d[k].to(g.dtype), dim)
-    return _in_dtypes(_gradients(p, stats, weights, (g * cosine).sum(), needs), *_dtypes(p))
+    return _in_dtypes(_gradients(p, stats, weights, (g * cosine).sum(), needs), *(x.dtype for x in p[:3]))
 
 
 def plain_saved(N: int) -> int:

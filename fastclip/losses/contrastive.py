@@ -186,7 +186,8 @@ def _plain_loss(
     if problem is None:
         return None
     if image_weight in _ONE_DIRECTION and one_pass(backend, *problem[:2]):
-        p = whole_rows(Problem(*problem, normalize=normalize), None, image_weight)
+        image, text, scale = problem
+        p = whole_rows(Problem(image, text, scale, normalize=normalize), None, image_weight)
         return one_direction(p, None, image.shape[0], backend, torch.float32)
     return plain_loss(problem, image_weight, normalize, backend)
 

@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
     divisor: Tensor
     image_label: Tensor | None
     text_label: Tensor | None
-    count: Tensor | None
+    positives: Tensor | None  # number of them in every row
     offset: int
     exclude_self: bool
     normalize: bool
@@ -55,8 +55,8 @@ class _Rows(NamedTuple):
         labels = None
         if self.image_label is not None and self.text_label is not None:
             labels = self.image_label, self.text_label
-        options = {"offset": self.offset, "exclude_self": self.exclude_self, "normalize": self.normalize}
-        return Problem(self.image, self.text, self.scale, labels, **options)
+        options = self.offset, self.exclude_self, self.normalize
+        return Problem(self.image, self.text, self.scale, labels, *options)
 
 
 @torch.library.impl("fastclip::direction_fwd", "default")
@@ -65,7 +65,7 @@ def _fwd(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     rows = _Rows(image, *args)
     p, dtype = rows.problem(), reference.wide_dtype(image.device)
     module = serving(rows.backend, p)
-    loss, *grads = module.direction_fwd(p, rows.count, rows.divisor, list(rows.needs), dtype)
+    loss, *grads = module.direction_fwd(p, rows.positives, rows.divisor, list(rows.needs), dtype)
     return loss, *(image.new_empty(0) if d is None else apart(d) for d in grads)
 
 
@@ -142,7 +142,7 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # Views are differentiated in place of the arguments, because d_loss may depend on the features itself
         image, text, scale, factor = (x.view_as(x) for x in (*rows.inputs(), d_loss))
         p = rows._replace(image=image, text=text, scale=scale).problem()
-        _, *first = reference.direction_fwd(p, rows.count, rows.divisor, list(rows.needs), factor.dtype)
+        _, *first = reference.direction_fwd(p, rows.positives, rows.divisor, list(rows.needs), factor.dtype)
         out = [None if d is None else factor.to(d.dtype) * d for d in first]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, factor))
     # The saved gradients receive no gradient, because they were recomputed from the features
@@ -162,7 +162,7 @@ class _Direction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *of_rows, dtype, module, p = args
         rows = _Rows(*of_rows)
-        loss, *grads = module.direction_fwd(p, rows.count, rows.divisor, rows.needs, dtype)
+        loss, *grads = module.direction_fwd(p, rows.positives, rows.divisor, rows.needs, dtype)
         keep(ctx, of_rows, grads)
         ctx.module = module
         return loss
@@ -198,8 +198,8 @@ def one_direction(
     count: number of positives of every row, (M,), or None without labels.
     """
     if not one_pass(backend, p.image, p.text):
-        rows, _ = contrastive_statistics(p, backend)
-        return (reference.row_losses(rows, count).sum() / divisor).to(dtype)
+        side, _ = contrastive_statistics(p, backend)
+        return (reference.row_losses(side, count).sum() / divisor).to(dtype)
     tensors = p.image, p.text, p.scale
     if not isinstance(divisor, Tensor):
         divisor = p.image.new_ones((), dtype=torch.int64) * divisor  # `new_full` would be a constant of a graph
@@ -210,8 +210,22 @@ def one_direction(
         return dense
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
-    labels = p.labels or (None, None)
-    rows = _Rows(*tensors, divisor, *labels, count, p.offset, p.exclude_self, p.normalize, backend, needs)
+    image_label, text_label = p.labels or (None, None)
+    image, text, scale = tensors
+    rows = _Rows(
+        image,
+        text,
+        scale,
+        divisor,
+        image_label,
+        text_label,
+        count,
+        p.offset,
+        p.exclude_self,
+        p.normalize,
+        backend,
+        needs,
+    )
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
         loss: Tensor = torch.ops.fastclip.direction_fwd(*rows)[0]
