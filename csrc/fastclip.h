@@ -59,6 +59,7 @@ typedef struct fastclip_fwd_side {
   const float* factor;     /* texts: c_j. Images: r_i scale log2(e) */
   const float* factor_low; /* images: rounding error of factor. Texts: NULL */
   const int32_t* label;    /* NULL on both sides when there are no labels */
+  const float* limit;      /* largest z that counts as a negative of this side; NULL on both sides without limits */
   double* neg_max;         /* log2-sum-exp2 over the negatives */
   double* neg_sum;
   double* pos;     /* sum of z over the positives */
@@ -77,6 +78,7 @@ typedef struct fastclip_bwd_side {
   const float* factor_low; /* as in the forward problem */
   const float* inv_norm;   /* r_i or c_j */
   const int32_t* label;    /* NULL on both sides when there are no labels */
+  const float* limit;      /* as in the forward problem */
   const float* neg;        /* log2-sum-exp2 over the negatives */
   const float* d_neg;      /* dL / d neg */
   const float* d_pos;      /* dL / d (sum of z over the positives) */

@@ -33,20 +33,22 @@ void check(int status) {
   }
 }
 
-fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t label, uintptr_t neg_max,
+fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t label, uintptr_t limit, uintptr_t neg_max,
                            uintptr_t neg_sum, uintptr_t pos, uintptr_t pos_max, uintptr_t pos_sum, uintptr_t neg_top,
                            uintptr_t pos_top, uintptr_t other_factor, uintptr_t neg_other) {
-  return {pointer<const float>(factor), pointer<const float>(factor_low),   pointer<const int32_t>(label),
-          pointer<double>(neg_max),     pointer<double>(neg_sum),           pointer<double>(pos),
-          pointer<double>(pos_max),     pointer<double>(pos_sum),           pointer<float>(neg_top),
-          pointer<float>(pos_top),      pointer<const float>(other_factor), pointer<double>(neg_other)};
+  return {pointer<const float>(factor), pointer<const float>(factor_low), pointer<const int32_t>(label),
+          pointer<const float>(limit),  pointer<double>(neg_max),         pointer<double>(neg_sum),
+          pointer<double>(pos),         pointer<double>(pos_max),         pointer<double>(pos_sum),
+          pointer<float>(neg_top),      pointer<float>(pos_top),          pointer<const float>(other_factor),
+          pointer<double>(neg_other)};
 }
 
-fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm, uintptr_t label, uintptr_t neg,
-                           uintptr_t d_neg, uintptr_t d_pos, uintptr_t pos_lse, uintptr_t d_pos_lse) {
-  return {pointer<const float>(factor),  pointer<const float>(factor_low), pointer<const float>(inv_norm),
-          pointer<const int32_t>(label), pointer<const float>(neg),        pointer<const float>(d_neg),
-          pointer<const float>(d_pos),   pointer<const float>(pos_lse),    pointer<const float>(d_pos_lse)};
+fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm, uintptr_t label, uintptr_t limit,
+                           uintptr_t neg, uintptr_t d_neg, uintptr_t d_pos, uintptr_t pos_lse, uintptr_t d_pos_lse) {
+  return {pointer<const float>(factor),   pointer<const float>(factor_low), pointer<const float>(inv_norm),
+          pointer<const int32_t>(label),  pointer<const float>(limit),      pointer<const float>(neg),
+          pointer<const float>(d_neg),    pointer<const float>(d_pos),      pointer<const float>(pos_lse),
+          pointer<const float>(d_pos_lse)};
 }
 
 // The calls below take plain numbers in place of a Block object, because a training step on few rows waits for the
@@ -91,11 +93,11 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("j0"), py::arg("offset"), py::arg("exclude_self"), py::arg("other"));
   py::class_<fastclip_fwd_side>(m, "FwdSide")
       .def(py::init(&fwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("label"),
-           py::arg("neg_max"), py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"),
-           py::arg("neg_top"), py::arg("pos_top"), py::arg("other_factor"), py::arg("neg_other"));
+           py::arg("limit"), py::arg("neg_max"), py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"),
+           py::arg("pos_sum"), py::arg("neg_top"), py::arg("pos_top"), py::arg("other_factor"), py::arg("neg_other"));
   py::class_<fastclip_bwd_side>(m, "BwdSide")
       .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("inv_norm"),
-           py::arg("label"), py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"),
+           py::arg("label"), py::arg("limit"), py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"),
            py::arg("d_pos_lse"));
 
   m.def(

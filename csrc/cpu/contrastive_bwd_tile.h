@@ -64,6 +64,12 @@ struct OneExp {  // E (a_i + b_j)
   Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits) const {
     return Simd::mul(exp2(logits.minus(j, lanes, offset)), Simd::add(a, load(lanes, b + j)));
   }
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits, const Kept& kept) const {
+    const Simd::F zero = Simd::set1(0.0f);
+    const Simd::F sum = Simd::add(Simd::select(kept.row, a, zero), Simd::select(kept.col, load(lanes, b + j), zero));
+    return Simd::mul(exp2(logits.minus(j, lanes, offset)), sum);
+  }
 };
 
 struct TwoExp {
@@ -76,7 +82,25 @@ struct TwoExp {
     const Simd::F in_col = exp2(logits.minus(j, lanes, load(lanes, lse + j)));
     return Simd::fma(d_row, in_row, Simd::mul(load(lanes, d + j), in_col));
   }
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits, const Kept& kept) const {
+    // An exponential that does not count may be infinite
+    const Simd::F zero = Simd::set1(0.0f);
+    const Simd::F in_row = Simd::select(kept.row, exp2(logits.minus(j, lanes, lse_row)), zero);
+    const Simd::F in_col = Simd::select(kept.col, exp2(logits.minus(j, lanes, load(lanes, lse + j))), zero);
+    return Simd::fma(d_row, in_row, Simd::mul(load(lanes, d + j), in_col));
+  }
 };
+
+// Weights of the negatives where they are kept, else 0.
+template <class Negative, class Lanes>
+inline Simd::F where(Simd::Mask kept, const Negative& negative, int64_t j, Lanes lanes, const Logits& logits) {
+  return Simd::select(kept, negative(j, lanes, logits), Simd::set1(0.0f));
+}
+template <class Negative, class Lanes>
+inline Simd::F where(const Kept& kept, const Negative& negative, int64_t j, Lanes lanes, const Logits& logits) {
+  return Simd::select(Simd::either(kept.row, kept.col), negative(j, lanes, logits, kept), Simd::set1(0.0f));
+}
 
 // Weigh row i. On entry to `positive(j, lanes, g)`, g holds weights by the formula of the negatives. The function
 // replaces the weights of the positives among them.
@@ -89,8 +113,8 @@ float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t 
   Simd::F d_scale = zero;
   for_columns(t.N, [&](int64_t j, auto lanes) {
     const Simd::F x = load(lanes, dot + j);
-    const Simd::Mask kept = keep_i(j, mask_of(lanes));
-    const Simd::F g = positive(j, lanes, Simd::select(kept, negative(j, lanes, logits), zero));
+    const auto kept = kept_of(keep_i, j, lanes, logits);
+    const Simd::F g = positive(j, lanes, where(kept, negative, j, lanes, logits));
     const Simd::F weight = Simd::mul(Simd::mul(g, inv_norm), load(lanes, text.inv_norm + j));
     d_scale = Simd::fma(weight, x, d_scale);
     store(lanes, dot + j, weight);
@@ -147,28 +171,43 @@ double labelled_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& tex
   });
 }
 
+template <class Keep>
+double unlabelled_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& text, const Keep& keep) {
+  return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
+    float* dot = t.dot + i * t.row_stride;
+    const int64_t j = t.own + i;
+    const bool here = j >= 0 && j < t.N;
+    const float dot_j = here ? dot[j] : 0.0f;
+    const auto untouched = [](int64_t, auto, Simd::F g) { return g; };
+    double d_scale = bwd_row(t, image, text, i, keep.row(i), negative, untouched);
+    if (here) {
+      dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
+      d_scale += static_cast<double>(dot[j]) * dot_j;
+    }
+    return d_scale;
+  });
+}
+
+// Call body(keep), with the limits if there are any.
+template <class Keep, class Body>
+double with_limits(const BwdSide& image, const BwdSide& text, const Keep& keep, const Body& body) {
+  return image.limit == nullptr ? body(keep) : body(Limited<Keep>(keep, image.limit, text.limit));
+}
+
 double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& text) {
+  const NotOwn not_own{t.own};
   if (image.label == nullptr) {
-    const NotOwn keep{t.own};
-    return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
-      float* dot = t.dot + i * t.row_stride;
-      const int64_t j = t.own + i;
-      const bool here = j >= 0 && j < t.N;
-      const float dot_j = here ? dot[j] : 0.0f;
-      const auto untouched = [](int64_t, auto, Simd::F g) { return g; };
-      double d_scale = bwd_row(t, image, text, i, keep.row(i), negative, untouched);
-      if (here) {
-        dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
-        d_scale += static_cast<double>(dot[j]) * dot_j;
-      }
-      return d_scale;
-    });
+    return with_limits(image, text, not_own,
+                       [&](const auto& keep) { return unlabelled_bwd_tile(t, image, text, keep); });
   }
+  const auto labelled = [&](const auto& same, const auto& other) {
+    return with_limits(image, text, other,
+                       [&](const auto& keep) { return labelled_bwd_tile(t, image, text, same, keep); });
+  };
   const SameLabel same{image.label, text.label, 0};
   const OtherLabel other{same};
-  if (!t.exclude_self) return labelled_bwd_tile(t, image, text, same, other);
-  const NotOwn not_own{t.own};
-  return labelled_bwd_tile(t, image, text, Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own});
+  if (!t.exclude_self) return labelled(same, other);
+  return labelled(Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own});
 }
 
 }  // namespace

@@ -78,9 +78,10 @@ float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const Col
   const Simd::F minus_inf = Simd::set1(kNegInf);
   Simd::F top = minus_inf;
   for_columns(N, [&](int64_t j, auto lanes) {
-    const Simd::F z = Simd::select(keep_i(j, mask_of(lanes)), logits(j, lanes), minus_inf);
-    top = Simd::max(top, z);
-    into_columns(j, lanes, z);
+    const Simd::F z = logits(j, lanes);
+    const auto kept = kept_of(keep_i, j, lanes, logits);
+    top = Simd::max(top, Simd::select(for_row(kept), z, minus_inf));
+    into_columns(j, lanes, Simd::select(for_col(kept), z, minus_inf));
   });
   return reduce_max(top);
 }
@@ -102,10 +103,12 @@ bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, c
     auto also_i = also.row(i);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
-      const Simd::F e = Simd::select(keep_i(j, mask_of(lanes)), exp2(logits.minus(j, lanes, offset)), zero);
-      sum = Simd::add(sum, e);
-      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), e));
-      also_i.add(j, lanes, e, e);
+      const auto kept = kept_of(keep_i, j, lanes, logits);
+      const Simd::F e = exp2(logits.minus(j, lanes, offset));
+      const Simd::F in_row = Simd::select(for_row(kept), e, zero), in_col = Simd::select(for_col(kept), e, zero);
+      sum = Simd::add(sum, in_row);
+      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), in_col));
+      also_i.add(j, lanes, in_row, in_col);
     });
     also_i.end();
     row.max[i] = guess;
@@ -149,9 +152,9 @@ void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, 
     const Simd::F offset = Simd::set1(row.max[i]), zero = Simd::set1(0.0f);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
-      const Simd::Mask kept = keep_i(j, mask_of(lanes));
-      const Simd::F in_row = Simd::select(kept, exp2(logits.minus(j, lanes, offset)), zero);
-      const Simd::F in_col = Simd::select(kept, exp2(logits.minus(j, lanes, load(lanes, col.max + j))), zero);
+      const auto kept = kept_of(keep_i, j, lanes, logits);
+      const Simd::F in_row = Simd::select(for_row(kept), exp2(logits.minus(j, lanes, offset)), zero);
+      const Simd::F in_col = Simd::select(for_col(kept), exp2(logits.minus(j, lanes, load(lanes, col.max + j))), zero);
       sum = Simd::add(sum, in_row);
       store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), in_col));
       also_i.add(j, lanes, in_row, in_col);
@@ -199,30 +202,41 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
   return found;
 }
 
+template <class Keep>
+void negatives_of(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
+  log_sums(t, image, text, keep, Nothing{}, image.neg, text.neg);
+  if (image.neg_top != nullptr) maxima(t, image, text, keep, image.neg_top, text.neg_top);
+}
+
+template <class Keep>
+void negatives(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
+  if (image.limit == nullptr) {
+    negatives_of(t, image, text, keep);
+  } else {
+    negatives_of(t, image, text, Limited<Keep>(keep, image.limit, text.limit));
+  }
+}
+
 template <class Same, class Other>
 void labelled_tile(const Tile& t, const FwdSide& image, const FwdSide& text, const Same& same, const Other& other) {
-  log_sums(t, image, text, other, Nothing{}, image.neg, text.neg);
+  negatives(t, image, text, other);
   if (positive_sums(t, image, text, same)) {
     log_sums(t, image, text, same, Nothing{}, image.pos, text.pos);
   } else {
     clear(image.pos, t.M);
     clear(text.pos, t.N);
   }
-  if (image.neg_top != nullptr) {
-    maxima(t, image, text, other, image.neg_top, text.neg_top);
-    maxima(t, image, text, same, image.pos_top, text.pos_top);
-  }
+  if (image.pos_top != nullptr) maxima(t, image, text, same, image.pos_top, text.pos_top);
 }
 
 void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& text) {
   const NotOwn not_own{t.own};
   if (image.label == nullptr) {
     if (t.other == nullptr) {
-      log_sums(t, image, text, not_own, Nothing{}, image.neg, text.neg);
+      negatives(t, image, text, not_own);
     } else {
       log_sums(t, image, text, not_own, OtherCosines{t, image, text, image.neg, text.neg}, image.neg, text.neg);
     }
-    if (image.neg_top != nullptr) maxima(t, image, text, not_own, image.neg_top, text.neg_top);
     for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
     for (int64_t i = 0; i < t.M; ++i) {
       const int64_t j = t.own + i;

@@ -74,6 +74,7 @@ struct Partials {
     return {all.factor + begin + k,
             low,
             labels ? all.label + begin + k : nullptr,
+            all.limit == nullptr ? nullptr : all.limit + begin + k,
             log_sum(0, tile, k),
             labels ? log_sum(1, tile, k) : LogSum{},
             pos_at(tile, k),
@@ -130,8 +131,8 @@ void fwd(const fastclip_block& b, const fastclip_fwd_side& image, const fastclip
 
 BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
   const auto at = [k](auto* p) { return p == nullptr ? nullptr : p + k; };
-  return {at(s.factor), at(s.factor_low), at(s.inv_norm), at(s.label),    at(s.neg),
-          at(s.d_neg),  at(s.d_pos),      at(s.pos_lse),  at(s.d_pos_lse)};
+  return {at(s.factor), at(s.factor_low), at(s.inv_norm), at(s.label),   at(s.limit),
+          at(s.neg),    at(s.d_neg),      at(s.d_pos),    at(s.pos_lse), at(s.d_pos_lse)};
 }
 
 void sigmoid_fwd(const fastclip_block& b, const float* image_inv_norm, const float* text_inv_norm, double scale,
@@ -236,6 +237,7 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
                                  const fastclip_fwd_side* text, int num_threads) {
   if (!fastclip::valid(block) || image == nullptr || text == nullptr) return FASTCLIP_INVALID_ARGUMENT;
   if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  if ((image->limit == nullptr) != (text->limit == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
   if ((image->neg_top == nullptr) != (text->neg_top == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
   for (const fastclip_fwd_side* side : {image, text}) {
     const bool given = side->other_factor != nullptr && side->neg_other != nullptr && side->label == nullptr;
@@ -250,6 +252,7 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
   if (!fastclip::valid(block) || image == nullptr || text == nullptr || d_scale == nullptr)
     return FASTCLIP_INVALID_ARGUMENT;
   if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  if ((image->limit == nullptr) != (text->limit == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
   return fastclip::guarded([&] { *d_scale = fastclip::bwd(*block, *image, *text, num_threads); });
 }
 

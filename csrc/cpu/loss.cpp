@@ -118,12 +118,12 @@ double end(const fastclip_loss& loss, const Saved& s, int num_threads) {
 }
 
 fastclip_fwd_side fwd_side(const Side& s, const float* factor, const float* factor_low) {
-  return {factor,  factor_low, nullptr, s.neg_max, s.neg_sum, s.pos,
-          nullptr, nullptr,    nullptr, nullptr,   nullptr,   nullptr};
+  return {factor,  factor_low, nullptr, nullptr, s.neg_max, s.neg_sum, s.pos,
+          nullptr, nullptr,    nullptr, nullptr, nullptr,   nullptr};
 }
 
 fastclip_bwd_side bwd_side(const Side& s, const float* factor, const float* factor_low) {
-  return {factor, factor_low, s.inv_norm, nullptr, s.neg, s.d_neg, s.d_pos, nullptr, nullptr};
+  return {factor, factor_low, s.inv_norm, nullptr, nullptr, s.neg, s.d_neg, s.d_pos, nullptr, nullptr};
 }
 
 bool valid(const fastclip_loss* loss, const fastclip_block* b) {

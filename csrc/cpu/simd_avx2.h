@@ -21,6 +21,7 @@ struct Simd {
     return _mm256_andnot_si256(_mm256_cmpeq_epi32(_mm256_set1_epi32(static_cast<int>(lane)), lane_index()), m);
   }
   static Mask and_not(Mask m, Mask drop) { return _mm256_andnot_si256(drop, m); }
+  static Mask either(Mask a, Mask b) { return _mm256_or_si256(a, b); }
   static bool any(Mask m) { return !_mm256_testz_si256(m, m); }
   static uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
   static Mask equal(Mask m, const int32_t* p, int32_t value) {
@@ -49,6 +50,7 @@ struct Simd {
     return a;
   }
 
+  static Mask above(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
   static Mask not_negative(F x) { return _mm256_castps_si256(_mm256_cmp_ps(x, set1(0.0f), _CMP_GE_OQ)); }
 
   static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

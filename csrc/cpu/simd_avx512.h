@@ -16,6 +16,7 @@ struct Simd {
   static Mask first(int64_t count) { return static_cast<Mask>((1u << count) - 1); }
   static Mask without(Mask m, int64_t lane) { return static_cast<Mask>(m & ~(1u << lane)); }
   static Mask and_not(Mask m, Mask drop) { return static_cast<Mask>(m & ~drop); }
+  static Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
   static bool any(Mask m) { return m != 0; }
   static uint32_t bits(Mask m) { return m; }
   static Mask equal(Mask m, const int32_t* p, int32_t value) {
@@ -43,6 +44,7 @@ struct Simd {
     return a;
   }
 
+  static Mask above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }             // false for NaN
   static Mask not_negative(F x) { return _mm512_cmp_ps_mask(x, set1(0.0f), _CMP_GE_OQ); }  // false for NaN
 
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

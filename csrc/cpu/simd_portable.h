@@ -43,6 +43,9 @@ struct Simd {
   static Mask and_not(Mask m, Mask drop) {
     return mask([&](int k) { return m.v[k] && !drop.v[k]; });
   }
+  static Mask either(Mask a, Mask b) {
+    return mask([&](int k) { return a.v[k] || b.v[k]; });
+  }
   static bool any(Mask m) {
     for (bool lane : m.v)
       if (lane) return true;
@@ -105,6 +108,9 @@ struct Simd {
     });
   }
 
+  static Mask above(F a, F b) {
+    return mask([&](int k) { return a.v[k] > b.v[k]; });
+  }
   static Mask not_negative(F x) {
     return mask([&](int k) { return x.v[k] >= 0.0f; });
   }

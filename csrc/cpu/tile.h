@@ -30,6 +30,7 @@ struct FwdSide {
   const float* factor;
   const float* factor_low;
   const int32_t* label;
+  const float* limit;
   LogSum neg;
   LogSum pos;                 // with labels
   double* pos_z;              // sum of z over the positives
@@ -43,6 +44,7 @@ struct BwdSide {  // see fastclip_bwd_side
   const float* factor_low;
   const float* inv_norm;
   const int32_t* label;
+  const float* limit;
   const float* neg;
   const float* d_neg;
   const float* d_pos;

@@ -152,4 +152,36 @@ struct Both {  // a policy, without the diagonal
   Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return keep(j, not_own(j, lanes)); }
 };
 
+template <class Keep>
+struct Limited {  // a policy, with the largest z that counts for a row and for a column
+  Keep keep;
+  const float *row_limit, *col_limit;
+  Simd::F limit;
+  Limited(const Keep& keep, const float* row_limit, const float* col_limit, int64_t i = 0)
+      : keep(keep), row_limit(row_limit), col_limit(col_limit), limit(Simd::set1(row_limit[i])) {}
+  Limited row(int64_t i) const { return {keep.row(i), row_limit, col_limit, i}; }
+};
+
+struct Kept {  // logits that count for their row, and those that count for their column
+  Simd::Mask row, col;
+};
+inline Simd::Mask for_row(Simd::Mask kept) { return kept; }
+inline Simd::Mask for_col(Simd::Mask kept) { return kept; }
+inline Simd::Mask for_row(const Kept& kept) { return kept.row; }
+inline Simd::Mask for_col(const Kept& kept) { return kept.col; }
+
+// Apply a policy of row i: one mask if rows and columns keep the same logits, else a `Kept`. Every pass compares the
+// same rounded z with the limits, so that all passes keep the same logits.
+template <class Keep, class Lanes>
+inline Simd::Mask kept_of(const Keep& keep_i, int64_t j, Lanes lanes, const Logits&) {
+  return keep_i(j, mask_of(lanes));
+}
+template <class Keep, class Lanes>
+inline Kept kept_of(const Limited<Keep>& keep_i, int64_t j, Lanes lanes, const Logits& logits) {
+  const Simd::Mask kept = keep_i.keep(j, mask_of(lanes));
+  const Simd::F z = Simd::rounded(logits(j, lanes));
+  return {Simd::and_not(kept, Simd::above(z, keep_i.limit)),
+          Simd::and_not(kept, Simd::above(z, load(lanes, keep_i.col_limit + j)))};
+}
+
 }  // namespace

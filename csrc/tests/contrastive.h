@@ -8,7 +8,7 @@
 
 struct ContrastiveCase {
   int64_t M, N;
-  bool labels = false, exclude_self = false, maxima = true;
+  bool labels = false, exclude_self = false, maxima = true, limits = false;
   int64_t offset = 0;
   double scale = 20.0;  // logits are between -scale and scale, in units of log 2
   int64_t block_m = 1 << 20, block_n = 1 << 20;
@@ -23,7 +23,8 @@ inline std::vector<float> floats(int64_t size, float value = 0.0f) {
 
 // Arrays of one side, and the results of both passes.
 struct ContrastiveSide {
-  std::vector<float> factor, low, inv_norm, other_factor, d_neg, d_pos, d_pos_lse, neg, pos_lse, neg_top, pos_top;
+  std::vector<float> factor, low, inv_norm, limit, other_factor, d_neg, d_pos, d_pos_lse, neg, pos_lse, neg_top,
+      pos_top;
   std::vector<int32_t> label;
   std::vector<double> neg_max, neg_sum, neg_other, pos, pos_max, pos_sum;
 
@@ -35,12 +36,13 @@ struct ContrastiveSide {
       low.push_back(image ? static_cast<float>(exact - factor.back()) : 0.0f);
       inv_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
       if (c.others) other_factor.push_back(static_cast<float>(random.uniform(0.5, 1.0)));
+      limit.push_back(static_cast<float>(c.scale * random.uniform(-0.6, 0.6)));
       d_neg.push_back(static_cast<float>(random.uniform(0.1, 1.0)));
       d_pos.push_back(static_cast<float>(random.uniform(-1.0, 1.0)));
       d_pos_lse.push_back(static_cast<float>(random.uniform(-1.0, 1.0)));
       if (c.labels) label.push_back(static_cast<int32_t>(random.engine() % (n / 3 + 2)));
     }
-    for (auto* x : {&factor, &low, &inv_norm, &other_factor, &d_neg, &d_pos, &d_pos_lse}) x->shrink_to_fit();
+    for (auto* x : {&factor, &low, &inv_norm, &limit, &other_factor, &d_neg, &d_pos, &d_pos_lse}) x->shrink_to_fit();
     label.shrink_to_fit();
     for (auto* x : {&neg_max, &neg_sum, &neg_other, &pos, &pos_max, &pos_sum}) x->assign(n, 0.0);
     neg_top = pos_top = floats(size, -HUGE_VALF);
@@ -51,6 +53,7 @@ struct ContrastiveSide {
     return {factor.data(),
             image ? low.data() : nullptr,
             c.labels ? label.data() : nullptr,
+            c.limits ? limit.data() : nullptr,
             neg_max.data(),
             neg_sum.data(),
             pos.data(),
@@ -70,6 +73,7 @@ struct ContrastiveSide {
             image ? low.data() : nullptr,
             inv_norm.data(),
             c.labels ? label.data() : nullptr,
+            c.limits ? limit.data() : nullptr,
             neg.data(),
             d_neg.data(),
             d_pos.data(),
@@ -150,6 +154,10 @@ struct ContrastiveRun {
     return c.labels ? image.label[i] == text.label[j] && !left_out(i, j) : i + c.offset == j;
   }
 
+  bool negative(bool row, int64_t i, int64_t j) const {
+    return !positive(i, j) && !left_out(i, j) && !(c.limits && z(i, j) > (row ? image.limit[i] : text.limit[j]));
+  }
+
   // Compare the statistics of a row or column with the formulas in double.
   void check_statistics(bool rows) const {
     const int64_t size = rows ? c.M : c.N, across = rows ? c.N : c.M;
@@ -158,11 +166,10 @@ struct ContrastiveRun {
       double neg = 0.0, neg_other = 0.0, pos_exp = 0.0, pos = 0.0, neg_top = -kInf, pos_top = -kInf;
       for (int64_t l = 0; l < across; ++l) {
         const int64_t i = rows ? k : l, j = rows ? l : k;
-        if (left_out(i, j)) continue;
         const double x = z(i, j);
         if (positive(i, j)) {
           pos += x, pos_exp += std::exp2(x), pos_top = std::max(pos_top, x);
-        } else {
+        } else if (negative(rows, i, j)) {
           neg += std::exp2(x), neg_top = std::max(neg_top, x);
           if (c.others)
             neg_other +=
@@ -196,8 +203,9 @@ struct ContrastiveRun {
           add(image.d_pos[i]), add(text.d_pos[j]);
           if (c.labels)
             add(image.d_pos_lse[i] * softmax(image.pos_lse[i])), add(text.d_pos_lse[j] * softmax(text.pos_lse[j]));
-        } else if (!left_out(i, j)) {
-          add(image.d_neg[i] * softmax(image.neg[i])), add(text.d_neg[j] * softmax(text.neg[j]));
+        } else {
+          if (negative(true, i, j)) add(image.d_neg[i] * softmax(image.neg[i]));
+          if (negative(false, i, j)) add(text.d_neg[j] * softmax(text.neg[j]));
         }
         const double norms = static_cast<double>(image.inv_norm[i]) * text.inv_norm[j];
         CHECK(std::fabs(weights.at(i, j) - g * norms) <= norms * (tolerance * sum + 1e-14),

@@ -51,6 +51,8 @@ void contrastive() {
           check_contrastive(c);
           c.exclude_self = true;  // has no meaning without labels
           check_contrastive(c);
+          c.limits = true;
+          check_contrastive(c);
         }
   });
 }
@@ -61,6 +63,8 @@ void logits_far_apart() {  // one exponential per logit is not accurate here, so
       for (bool labels : {false, true}) {
         ContrastiveCase c{66, 530, labels};
         c.scale = scale, c.others = !labels;
+        check_contrastive(c);
+        c.limits = true;
         check_contrastive(c);
       }
     ContrastiveCase c{66, 530};

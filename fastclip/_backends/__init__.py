@@ -119,7 +119,8 @@ def serving(name: str | None, p: Problem) -> ModuleType:
     """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference
-    return serving_pairs(name, p.image)
+    module = serving_pairs(name, p.image)
+    return reference if p.limits is not None and module in (triton, cuda) else module
 
 
 def serving_pairs(name: str | None, image: Tensor) -> ModuleType:

@@ -27,6 +27,9 @@ class Problem(NamedTuple):
     offset: int = 0  # column i + offset is the text of image i, and its only positive if there are no labels
     exclude_self: bool = False  # with labels: pair (i, i + offset) is neither a positive nor a negative
     normalize: bool = True
+    # (M,), (N,) fp32, or fp64 for fp64 features: a pair whose logit exceeds its row's limit is no negative of the row,
+    # and a pair whose logit exceeds its column's limit is no negative of the column
+    limits: tuple[Tensor, Tensor] | None = None
 
 
 class Side(NamedTuple):

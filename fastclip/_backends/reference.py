@@ -77,13 +77,18 @@ def _diagonal(z: Tensor, offset: int) -> Tensor:
     return i[:, None] + offset == j
 
 
-def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
-    """Return the masks of the positive and of the negative pairs, bool (M, N) each."""
-    diagonal = _diagonal(z, p.offset)
-    if p.labels is None:
-        return diagonal, ~diagonal
-    positive = p.labels[0][:, None] == p.labels[1]
-    return (positive & ~diagonal, ~positive & ~diagonal) if p.exclude_self else (positive, ~positive)
+def _positive_and_negatives(z: Tensor, p: Problem) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the masks of the positives, and of the negatives of the rows and of the columns, bool (M, N) each."""
+    positive = diagonal = _diagonal(z, p.offset)
+    if p.labels is not None:
+        positive = p.labels[0][:, None] == p.labels[1]
+    negative = ~positive
+    if p.exclude_self:
+        positive, negative = positive & ~diagonal, negative & ~diagonal
+    if p.limits is None:
+        return positive, (negative, negative)
+    row_limit, col_limit = p.limits
+    return positive, (negative & ~(z > row_limit[:, None]), negative & ~(z > col_limit))  # NaN stays a negative
 
 
 def _largest(z: Tensor, dim: int) -> Tensor:
@@ -101,11 +106,14 @@ def _logsumexp(z: Tensor, kept: Tensor, dim: int) -> Tensor:
     return torch.where(has_any, torch.where(has_any, total, 1.0).log() + top, -torch.inf)
 
 
-def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
-    """Return d exp(z - lse), 0 for empty sets."""
+def _softmax_weights(z: Tensor, kept: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
+    """Return d exp(z - lse) where `kept`, else 0."""
     has_any = lse > -torch.inf
     has_any |= lse.isnan()  # a row with NaN has a NaN gradient
-    return torch.where(has_any, d, 0.0).unsqueeze(dim) * (z - torch.where(has_any, lse, 0.0).unsqueeze(dim)).exp()
+    exponent = z - torch.where(has_any, lse, 0.0).unsqueeze(dim)
+    # Outside the set the exponential may be infinite, and its derivative would be 0 times infinity
+    weights = torch.where(has_any, d, 0.0).unsqueeze(dim) * exponent.masked_fill(~kept, -torch.inf).exp()
+    return torch.where(kept, weights, 0.0)
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: bool) -> Tensor:
@@ -124,15 +132,18 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
-    positive, negative = _positive_and_negative(z, p)
+    positive, negatives = _positive_and_negatives(z, p)
     z_positive = torch.where(positive, z, 0.0)
     dims, wide = (1, 0), wide_dtype(z.device)  # a row's statistics are over the columns
     pos_lse = [r.new_empty(0) if p.labels is None else _logsumexp(z, positive, dim) for dim in dims]
-    neg = [_logsumexp(z, negative, dim) for dim in dims]
+    neg = [_logsumexp(z, negative, dim) for negative, dim in zip(negatives, dims)]
     pos = [z_positive.sum(dim) for dim in dims]
     tops: list[list[Tensor]] = [[], []]
     if maxima:
-        tops = [[_largest(z.masked_fill(~kept, -torch.inf), dim) for kept in (negative, positive)] for dim in dims]
+        tops = [
+            [_largest(z.masked_fill(~kept, -torch.inf), dim) for kept in (negative, positive)]
+            for negative, dim in zip(negatives, dims)
+        ]
     rows, cols = (
         Side(neg.to(wide), pos.to(wide), pos_lse.to(wide), inv_norm, *(x.to(wide) for x in top))
         for neg, pos, pos_lse, inv_norm, top in zip(neg, pos, pos_lse, (r, c), tops)
@@ -159,13 +170,14 @@ def _derivatives(p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads]) -
     s = p.scale.to(dtype)
     cosine = unit_rows(p.image, rows.inv_norm) @ unit_rows(p.text, cols.inv_norm).T
     z = s * cosine
-    positive, negative = _positive_and_negative(z, p)
-    at_negatives = _softmax_weights(z, rows.neg, d_rows.neg, 1) + _softmax_weights(z, cols.neg, d_cols.neg, 0)
+    positive, (row_negative, col_negative) = _positive_and_negatives(z, p)
+    g = _softmax_weights(z, row_negative, rows.neg, d_rows.neg, 1)
+    g = g + _softmax_weights(z, col_negative, cols.neg, d_cols.neg, 0)
     at_positives = d_rows.pos[:, None] + d_cols.pos
     if p.labels is not None:
-        at_positives = at_positives + _softmax_weights(z, rows.pos_lse, d_rows.pos_lse, 1)
-        at_positives = at_positives + _softmax_weights(z, cols.pos_lse, d_cols.pos_lse, 0)
-    return torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0)), cosine, s
+        at_positives = at_positives + _softmax_weights(z, positive, rows.pos_lse, d_rows.pos_lse, 1)
+        at_positives = at_positives + _softmax_weights(z, positive, cols.pos_lse, d_cols.pos_lse, 0)
+    return torch.where(positive, at_positives, g), cosine, s
 
 
 def _gradients(
@@ -256,11 +268,11 @@ def direction_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_los
     return sigmoid_bwd(inputs, kept, d_loss)
 
 
-def _teacher_logits(t: Problem) -> Tensor:
-    """Return the logits (M, N) of a teacher, -inf at the positives."""
+def _teacher_logits(t: Problem) -> tuple[Tensor, Tensor]:
+    """Return the logits of a teacher and the mask of the negatives, (M, N) each."""
     r, c = inv_norms(t.image, t.normalize), inv_norms(t.text, t.normalize)
     z = t.scale.to(r.dtype) * unit_rows(t.image, r) @ unit_rows(t.text, c).T
-    return z.masked_fill(_diagonal(z, t.offset), -torch.inf)
+    return z, ~_diagonal(z, t.offset)
 
 
 def distill_fwd(p: Problem, teachers: Sequence[Problem]) -> tuple[Sides, TeacherSides]:
@@ -273,9 +285,9 @@ def distill_fwd(p: Problem, teachers: Sequence[Problem]) -> tuple[Sides, Teacher
     cosine = unit_rows(p.image, rows.inv_norm) @ unit_rows(p.text, cols.inv_norm).T
     sides: tuple[list[tuple[Tensor, ...]], ...] = [], []
     for t in teachers:
-        z = _teacher_logits(t)
+        z, kept = _teacher_logits(t)
         for side, one, dim in zip(sides, contrastive_fwd(t), (1, 0)):
-            weights = _softmax_weights(z, one.neg.to(z.dtype), torch.ones_like(one.pos).to(z.dtype), dim)
+            weights = _softmax_weights(z, kept, one.neg.to(z.dtype), torch.ones_like(one.pos).to(z.dtype), dim)
             side.append((one.neg, one.pos, (weights * cosine).sum(dim).to(one.neg.dtype)))
     of_rows, of_cols = (TeacherSide(*(torch.stack(x) for x in zip(*side))) for side in sides)
     return stats, (of_rows, of_cols)
@@ -298,9 +310,10 @@ def distill_bwd(
     g, cosine, s = _derivatives(p, stats, grads)
     weights = s * g
     for k, t in enumerate(teachers):
-        z = _teacher_logits(t).to(g.dtype)
+        z, kept = _teacher_logits(t)
+        z = z.to(g.dtype)
         for side, d, dim in zip(of_teachers, d_cosine, (1, 0)):
-            weights = weights + _softmax_weights(z, side.neg[k].to(g.dtype), d[k].to(g.dtype), dim)
+            weights = weights + _softmax_weights(z, kept, side.neg[k].to(g.dtype), d[k].to(g.dtype), dim)
     return _in_dtypes(_gradients(p, stats, weights, (g * cosine).sum(), needs), *(x.dtype for x in p[:3]))
 
 

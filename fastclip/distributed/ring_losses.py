@@ -29,8 +29,9 @@ torch.library.define(
 
 def _block_problem(ring: Ring, owner: int, block: Tensor, p: Problem) -> Problem:
     """Return the problem of this rank's images and the texts of `owner`."""
-    labels = None if p.labels is None else (p.labels[0], p.labels[1][ring.columns(owner)])
-    return p._replace(text=block, labels=labels, offset=ring.offset(owner))
+    columns = ring.columns(owner)
+    labels, limits = (None if x is None else (x[0], x[1][columns]) for x in (p.labels, p.limits))
+    return p._replace(text=block, labels=labels, limits=limits, offset=ring.offset(owner))
 
 
 @torch.library.impl("fastclip::ring_fwd", "default")
@@ -120,8 +121,8 @@ torch.library.register_autograd("fastclip::ring_fwd", _fwd_backward, setup_conte
 def ring_statistics(p: Problem, backend: str | None, sizes: Sequence[int], group: str) -> Sides:
     """Return `contrastive_statistics` of this rank's images and the texts of all ranks.
 
-    sizes: number of texts on every rank. `p.labels[1]` are the labels of all texts. The gradient of `p.text` is summed
-    over all ranks.
+    sizes: number of texts on every rank. `p.labels[1]` and `p.limits[1]` are those of all texts. The gradient of
+    `p.text` is summed over all ranks.
     """
     rows, cols = by_side(torch.ops.fastclip.ring_fwd(*arguments(p, backend), sizes, group))
     return rows._replace(inv_norm=rows.inv_norm.detach()), cols._replace(inv_norm=cols.inv_norm.detach())

@@ -31,9 +31,9 @@ __all__ = [
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
     """Return differentiable statistics of this rank's images and texts in the whole batch.
 
-    `p.image` (M, D) and `p.text` (N, D) are the features of this rank, and `p.labels` the labels of its images and of
-    all texts. If `comm` is "gather", a rank holds all texts at once. If it is "ring", a rank holds the texts of a few
-    ranks at a time. In both cases gradients are those of the sum of all ranks' losses.
+    `p.image` (M, D) and `p.text` (N, D) are the features of this rank. `p.labels` and `p.limits` are those of this
+    rank's images and of all texts. If `comm` is "gather", a rank holds all texts at once. If it is "ring", a rank holds
+    the texts of a few ranks at a time. In both cases gradients are those of the sum of all ranks' losses.
     """
     if comm == "ring":
         stats = ring_statistics(p, backend, shards.texts, shards.group)
@@ -55,9 +55,10 @@ def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
 def with_all_texts(p: Problem, shards: Shards, after: Tensor | None = None) -> Problem:
     """Return the problem of this rank's images and the texts of all ranks, which are gathered.
 
-    after: result of the previous collective, if that is not the exchange of the labels.
+    after: result of the previous collective, if that is not the exchange of the labels or limits.
     """
-    after = after if p.labels is None else p.labels[1]
+    if own := p.limits or p.labels:
+        _, after = own
     return p._replace(text=gather_rows(p.text, shards.texts, shards.group, after), offset=shards.own_texts.start)
 
 

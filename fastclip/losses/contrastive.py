@@ -32,6 +32,7 @@ from fastclip.losses.arguments import (
     scalar,
 )
 from fastclip.losses.labels import KeptRows, keep_labelled, match_labels
+from fastclip.losses.limits import check_margin, negative_limits
 from fastclip.ops import (
     autocast_features,
     contrastive_statistics,
@@ -61,6 +62,7 @@ def contrastive_loss(
     ignore_label: int | None = None,
     image_weight: float = 0.5,
     label_smoothing: float = 0.0,
+    negative_margin: float | None = None,
     reduction: str = "mean",
     group: Any = None,
     comm: str = "gather",
@@ -102,6 +104,11 @@ def contrastive_loss(
         label_smoothing: eps in [0, 1] (ALIGN: 0.1). The targets of an image are (1 - eps) / n on its n positives plus
             eps / N on all N texts. The targets of a text are the same with eps / M on all M images. ``exclude_self``
             leaves pair (i, i) out, so that N - 1 texts or M - 1 images remain.
+        negative_margin: number m, of any sign. A negative whose logit exceeds the image's positive logit (the mean of
+            several) by more than m |logit_scale| is probably false, and is left out of the image's negatives. A text's
+            negatives are left out in the same way, so a pair may count in one direction only (Qwen3-Embedding, Zhang et
+            al. 2025). A tie as in `contrastive_stats` counts. Gradients are those of the remaining pairs. With labels
+            this takes one more product of the features. It cannot be combined with ``label_smoothing``.
         reduction: "mean", "sum" (w sum_i + (1 - w) sum_j), or "none" (two vectors, the losses per image (M,) and per
             text (N,), not weighted).
         group: `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
@@ -143,6 +150,7 @@ def contrastive_loss(
     not exchanged: the other ranks wait until the group's timeout.
     """
     no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
+    no_labels = no_labels and negative_margin is None
     one_mean = reduction == "mean" and group is None and comm == "gather"
     if no_labels and one_mean and type(label_smoothing) in _NUMBERS and not label_smoothing:
         loss = _plain_loss(image_features, text_features, logit_scale, image_weight, normalize, backend)
@@ -163,12 +171,15 @@ def contrastive_loss(
         exclude_self=exclude_self,
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
+        negative_margin=negative_margin,
         group=group,
+        comm=comm,
         agreed={"function": "contrastive_loss", "image_weight": image_weight, "reduction": reduction, "comm": comm},
         equal_shards=equal_shards,
         backend=backend,
     )
-    if image_weight in _ONE_DIRECTION and reduction != "none" and comm == "gather" and not batch.label_smoothing:
+    one_pass_serves = comm == "gather" and not batch.label_smoothing and batch.problem.limits is None
+    if image_weight in _ONE_DIRECTION and reduction != "none" and one_pass_serves:
         return _one_direction(batch, reduction, image_weight, backend)
     return _reduced(batch, statistics_of(batch, comm, backend), reduction, image_weight)
 
@@ -195,7 +206,7 @@ def _plain_loss(
 class Batch(NamedTuple):
     """A checked problem, and what the loss needs besides its statistics."""
 
-    problem: Problem  # labels are small ids; with shards, the labels of this rank's images and of all texts
+    problem: Problem  # labels are small ids; with shards, labels and limits of this rank's images and of all texts
     label_smoothing: float
     shards: Shards | None  # None if the features are the whole batch
     counts: _Pair | None  # number of positives of every row and of every column; None: one each
@@ -218,6 +229,8 @@ def prepare(
     agreed: dict[str, Any],
     equal_shards: bool,
     backend: str | None,
+    negative_margin: float | None = None,
+    comm: str = "gather",
     needs_positive: bool = True,
 ) -> Batch:
     """Check the arguments, drop ignored rows, apply autocast, let the ranks agree, and match the labels.
@@ -232,6 +245,9 @@ def prepare(
         check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=may_be_empty)
         check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
         label_smoothing = check_share("label_smoothing", label_smoothing)
+        margin = check_margin(negative_margin)
+        if label_smoothing and margin is not None:
+            raise ValueError("negative_margin leaves pairs out that label_smoothing spreads the target over: pass one")
         scale = scalar("logit_scale", logit_scale, image_features)
         kept = keep_labelled(image_labels, text_labels, ignore_label, exclude_self, group, equal_shards)
         if kept is not None:
@@ -247,6 +263,7 @@ def prepare(
             "normalize": normalize,
             "exclude_self": exclude_self,
             "label_smoothing": label_smoothing,
+            "negative_margin": margin,
             "labels": image_labels is not None,
             "ignore_label": None if ignore_label is None else int(ignore_label),
         }
@@ -257,6 +274,8 @@ def prepare(
     if image_labels is not None and text_labels is not None:
         labels, counts, counted = _match(image_labels, text_labels, exclude_self, shards, needs_positive)
     problem = Problem(image, text, scale, labels, exclude_self=exclude_self, normalize=normalize)
+    if margin is not None:
+        problem = problem._replace(limits=negative_limits(problem, margin, counts, shards, comm, backend))
     return Batch(problem, label_smoothing, shards, counts, counted, kept)
 
 
@@ -371,7 +390,7 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     collective. The caller must use the returned `after` from then on: this keeps the collectives in the same order on
     all ranks.
     """
-    image, text, scale, _, _, exclude_self, normalize = batch.problem
+    image, text, scale, _, _, exclude_self, normalize, _ = batch.problem
     shards = batch.shards
     M, N = batch_size(image, text, shards)
     with no_autocast(image.device):

@@ -36,7 +36,7 @@ def multiview_loss(
         core: index of the core view, which is passed as the images of every pair.
         labels: integers (N,), shared by all views. Every pair with equal labels is a positive.
         options: options of `contrastive_loss`: ``normalize``, ``ignore_label``, ``image_weight``, ``label_smoothing``,
-            ``reduction`` ("mean" or "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
+            ``negative_margin``, ``reduction`` ("mean" or "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
 
     Returns:
         A scalar, float32, or float64 for float64 features.

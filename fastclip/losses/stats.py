@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.problem import Side
-from fastclip._backends.reference import norms
-from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
-from fastclip.losses.contrastive import Batch, direction_losses, prepare
-from fastclip.losses.ties import TIE
+from fastclip.distributed import check_group, sharded_maxima
+from fastclip.losses.contrastive import direction_losses, prepare
+from fastclip.losses.limits import ties
 from fastclip.ops import contrastive_maxima
 
 __all__ = ["ContrastiveStats", "contrastive_stats"]
@@ -39,6 +38,7 @@ def contrastive_stats(
     exclude_self: bool = False,
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
+    negative_margin: float | None = None,
     group: Any = None,
     equal_shards: bool = False,
     backend: str | None = None,
@@ -53,6 +53,8 @@ def contrastive_stats(
     margin of a text is 2^-20 |logit_scale| ||text|| max ||image||. For normalised features both margins are
     2^-20 |logit_scale|. The accuracy of a batch that contains a text twice, or of a collapsed model, therefore does not
     depend on rounding.
+
+    Negatives that ``negative_margin`` leaves out count nowhere, neither in log-sum-exps nor as rivals of a positive.
 
     Rows without a positive have loss 0 and no hit. Rows that are not finite have no hit. Rows with ``ignore_label``
     have loss 0, no hit and log-sum-exp -inf.
@@ -74,6 +76,7 @@ def contrastive_stats(
             exclude_self=exclude_self,
             ignore_label=ignore_label,
             label_smoothing=label_smoothing,
+            negative_margin=negative_margin,
             group=group,
             agreed={"function": "contrastive_stats"},
             equal_shards=equal_shards,
@@ -84,7 +87,8 @@ def contrastive_stats(
         else:
             sides = sharded_maxima(batch.problem, batch.shards, backend)
         losses = direction_losses(batch, sides)
-        hits = [_hits(side, tie) & loss.isfinite() for side, loss, tie in zip(sides, losses, _ties(batch))]
+        margins = ties(batch.problem, batch.shards)
+        hits = [_hits(side, tie) & loss.isfinite() for side, loss, tie in zip(sides, losses, margins)]
         dtype = batch.problem.scale.dtype
         row_lse, col_lse = (_logsumexp(side, batch.problem.labels is not None).to(dtype) for side in sides)
         row_loss, col_loss = (loss.to(dtype) for loss in losses)
@@ -107,16 +111,3 @@ def _hits(side: Side, tie: Tensor) -> Tensor:
     """Return a mask of the rows whose largest positive exceeds the largest negative by more than `tie`."""
     assert side.pos_top is not None and side.neg_top is not None
     return side.pos_top - side.neg_top > tie
-
-
-def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the differences below which two logits of a row (M,) and of a column (N,) are tied."""
-    near = batch.problem.scale.abs() * TIE
-    if batch.problem.normalize:
-        return near, near
-    row, col = norms(batch.problem.image), norms(batch.problem.text)
-    if batch.shards is None:
-        row_top, col_top = row.amax(), col.amax()
-    else:
-        row_top, col_top = (largest_over_ranks(x, batch.shards) for x in (row, col))
-    return near * row * col_top, near * col * row_top

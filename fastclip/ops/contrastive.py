@@ -37,7 +37,7 @@ __all__ = [
 
 PROBLEM = (
     "Tensor image, Tensor text, Tensor scale, Tensor? image_labels, Tensor? text_labels, SymInt offset, "
-    "bool exclude_self, bool normalize, str? backend"
+    "bool exclude_self, bool normalize, str? backend, Tensor? row_limits, Tensor? col_limits"
 )
 torch.library.define("fastclip::contrastive_fwd", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 8)})", tags=TAGS)
 torch.library.define(
@@ -52,15 +52,16 @@ _Kind = TypeVar("_Kind", Side, SideGrads)
 
 def arguments(p: Problem, backend: str | None) -> tuple[Any, ...]:
     """Return the first arguments of every op in this module, as `PROBLEM` declares them."""
-    image, text, scale, labels, *options = p
-    return image, text, scale, *(labels or (None, None)), *options, backend
+    image, text, scale, labels, *options, limits = p
+    return image, text, scale, *(labels or (None, None)), *options, backend, *(limits or (None, None))
 
 
 def problem_of(args: Sequence[Any]) -> tuple[Problem, str | None]:
     """Return the problem and the backend of an op's first arguments: the inverse of `arguments`."""
-    image, text, scale, image_labels, text_labels, *options, backend = args
+    image, text, scale, image_labels, text_labels, *options, backend, row_limits, col_limits = args
     labels = None if image_labels is None or text_labels is None else (image_labels, text_labels)
-    return Problem(image, text, scale, labels, *options), backend
+    limits = None if row_limits is None or col_limits is None else (row_limits, col_limits)
+    return Problem(image, text, scale, labels, *options, limits), backend
 
 
 def flat(sides: Sides) -> tuple[Tensor, ...]:

@@ -38,7 +38,7 @@ def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> Non
         backend = None  # the automatic choice serves float64 with the reference
     given = problem(dtype)
     y = (torch.arange(20, dtype=torch.int32) % 7, torch.arange(20, dtype=torch.int32) % 5) if labels else (None, None)
-    options = (0, False, True, backend)
+    options = (0, False, True, backend, None, None)
     torch.library.opcheck(torch.ops.fastclip.contrastive_fwd, (*given, *y, *options))
     detached = tuple(x.detach() for x in given)
     stats = torch.ops.fastclip.contrastive_fwd(*detached, *y, *options)
@@ -92,7 +92,7 @@ def test_gradients_of_many_upstream_gradients_at_once() -> None:
 def test_offset_moves_the_positives(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     ones = torch.tensor(2.0)
-    out = torch.ops.fastclip.contrastive_fwd(image, text, ones, None, None, offset, False, False, backend)
+    out = torch.ops.fastclip.contrastive_fwd(image, text, ones, None, None, offset, False, False, backend, None, None)
     rows, cols = by_side(out)
     z = 2.0 * (image.double() @ text.double().T)
     positive = torch.arange(20)[:, None] + offset == torch.arange(30)
@@ -106,7 +106,7 @@ def test_offset_moves_the_positives(offset: int, backend: str) -> None:
 def test_empty_sets_are_minus_infinity(backend: str) -> None:
     image, text = pairs(3, 2, 4)
     y = torch.tensor([7, 7, 1], dtype=torch.int32), torch.tensor([7, 7], dtype=torch.int32)
-    out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, False, True, backend)
+    out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, False, True, backend, None, None)
     rows, cols = by_side(out)
     assert (rows.neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have no negatives
     assert (rows.pos_lse == -torch.inf).tolist() == [False, False, True]
@@ -264,7 +264,7 @@ def test_ops_keep_the_order_of_their_tensors() -> None:
     """
     image, text = pairs(3, 5, 8)
     y = torch.zeros(3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
-    args = image, text, torch.tensor(2.0), *y, 0, False, True, "reference"
+    args = image, text, torch.tensor(2.0), *y, 0, False, True, "reference", None, None
     sizes = [len(x) for x in torch.ops.fastclip.contrastive_maxima(*args)]
     assert sizes == [3, 5] * 6  # each statistic gives its rows, then its columns
     assert [len(x) for x in torch.ops.fastclip.contrastive_fwd(*args)] == sizes[:8]

@@ -105,7 +105,9 @@ def test_excluded_pairs_accurate_on_every_instruction_set(isa: str) -> None:
 def test_offset_moves_the_excluded_pairs(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     y = torch.arange(20, dtype=torch.int32) % 6, torch.arange(30, dtype=torch.int32) % 6
-    out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, offset, True, False, backend)
+    out = torch.ops.fastclip.contrastive_fwd(
+        image, text, torch.tensor(2.0), *y, offset, True, False, backend, None, None
+    )
     z = 2.0 * (image.double() @ text.double().T)
     own = torch.arange(20)[:, None] + offset == torch.arange(30)
     positive, negative = ((y[0][:, None] == y[1]) == same for same in (True, False))

@@ -180,7 +180,7 @@ def test_maxima_op_passes_opcheck(backend: str, labels: bool) -> None:
     image, text = pairs(20, 20, 8)
     y = (torch.arange(20, dtype=torch.int32) % 7, torch.arange(20, dtype=torch.int32) % 5) if labels else (None, None)
     torch.library.opcheck(
-        torch.ops.fastclip.contrastive_maxima, (image, text, torch.tensor(3.0), *y, 0, False, True, backend)
+        torch.ops.fastclip.contrastive_maxima, (image, text, torch.tensor(3.0), *y, 0, False, True, backend, None, None)
     )
 
 
@@ -189,7 +189,7 @@ def test_maxima_op_passes_opcheck(backend: str, labels: bool) -> None:
 def test_offset_moves_the_maxima(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     out = torch.ops.fastclip.contrastive_maxima(
-        image, text, torch.tensor(2.0), None, None, offset, False, False, backend
+        image, text, torch.tensor(2.0), None, None, offset, False, False, backend, None, None
     )
     z = 2.0 * (image.double() @ text.double().T)
     own = torch.arange(20)[:, None] + offset == torch.arange(30)

@@ -25,6 +25,13 @@ __all__ = ["LOG2E", "State", "Weights", "contrastive_bwd", "contrastive_fwd", "g
 LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 
+def _in_log2(limits: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the limits in units of log 2, fp32."""
+    if limits is None:
+        return None, None
+    return (limits[0].double() * LOG2E).float(), (limits[1].double() * LOG2E).float()
+
+
 def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if labels is None:
         return None, None
@@ -39,6 +46,7 @@ class State:
         size: int,
         factors: dict[str, Tensor | None],
         label: Tensor | None,
+        limit: Tensor | None = None,
         maxima: bool = False,
         other_factor: Tensor | None = None,
     ) -> None:
@@ -47,7 +55,8 @@ class State:
             6, size, dtype=torch.float64, device="cpu"
         )
         names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
-        tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
+        self.limit = limit  # kept alive
+        tensors = {**factors, "label": label, "limit": limit, **{name: getattr(self, name) for name in names}}
         tops = torch.full((2, size if maxima else 0), -torch.inf, dtype=torch.float32, device="cpu")
         self.neg_top, self.pos_top = tops
         tensors["neg_top"] = self.neg_top if maxima else None
@@ -82,8 +91,9 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     plan = Plan(image, text)
     image_label, text_label = _int32(p.labels)
     image_factors, text_factors = factors(image_inv_norm, text_inv_norm, float(p.scale) * LOG2E)
-    row_state = State(image.M, image_factors, image_label, maxima)
-    col_state = State(text.M, text_factors, text_label, maxima)
+    row_limit, col_limit = _in_log2(p.limits)
+    row_state = State(image.M, image_factors, image_label, row_limit, maxima)
+    col_state = State(text.M, text_factors, text_label, col_limit, maxima)
     for block in plan.blocks:
         _, dots = plan.dots(block)
         native_dot = native_block(dots, p.offset, p.exclude_self)
@@ -104,12 +114,13 @@ class Weights:
         factors: dict[str, Tensor | None],
         inv_norm: Tensor,
         label: Tensor | None,
+        limit: Tensor | None,
         stats: Side,
         grads: SideGrads,
         gain: float,
     ) -> None:
         d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
-        self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label}
+        self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label, "limit": limit}
         self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(stats.neg, d_neg)
         self.tensors["d_pos"] = d_pos.float().contiguous()
         self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
@@ -153,8 +164,9 @@ def contrastive_bwd(
     image_label, text_label = _int32(p.labels)
     s, gain = float(p.scale), gain_of((*d_rows, *d_cols))
     image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * LOG2E)
-    row_weights = Weights(image_factors, image_inv_norm, image_label, rows, d_rows, gain)
-    col_weights = Weights(text_factors, text_inv_norm, text_label, cols, d_cols, gain)
+    row_limit, col_limit = _in_log2(p.limits)
+    row_weights = Weights(image_factors, image_inv_norm, image_label, row_limit, rows, d_rows, gain)
+    col_weights = Weights(text_factors, text_inv_norm, text_label, col_limit, cols, d_cols, gain)
     d_image = p.image.new_empty(p.image.shape) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape) if needs[1] else None
     d_scale = 0.0

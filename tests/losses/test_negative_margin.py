@@ -1,0 +1,201 @@
+"""Negatives far above the positive are left out with `negative_margin`, compared with the dense formula in fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastclip
+from fastclip._backends.cpu import native
+from fastclip._backends.problem import Problem, SideGrads, in_turn
+from fastclip.losses.ties import TIE
+from fastclip.ops.contrastive import arguments, by_side, flat
+from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS
+from support.accuracy import leaves, pairs, poisoned, random_labels, unit_roundoff
+
+BACKENDS = ["cpu", "reference"]
+SCALE = 14.3
+LABELS = random_labels(150, 230, 60)
+
+
+def dense(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    margin: float,
+    labels: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True,
+    exclude_self: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of the images and of the texts, from the whole matrix of logits."""
+    u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
+    z = scale * u @ v.T
+    itself = torch.eye(*z.shape, dtype=torch.bool)
+    positive = itself if labels is None else labels[0][:, None] == labels[1]
+    positive, either = (positive & ~itself, ~itself) if exclude_self else (positive, torch.ones_like(positive))
+    tie = TIE * abs(scale.detach()) * (1 if normalize else u.norm(dim=1).max() * v.norm(dim=1).max())
+    losses = []
+    for x, pos, other in ((z, positive, either & ~positive), (z.T, positive.T, (either & ~positive).T)):
+        count = pos.sum(1)
+        mean = torch.where(pos, x, 0).sum(1) / count.clamp_min(1)
+        limit = torch.where(count > 0, mean, torch.inf) + margin * abs(scale) + tie
+        kept = other & (x <= limit[:, None])
+        has_positive = count > 0
+        neg = x.masked_fill(~kept, -torch.inf)[has_positive].logsumexp(1)
+        pos_lse = x.masked_fill(~pos, -torch.inf)[has_positive].logsumexp(1)
+        loss = x.new_zeros(len(x))
+        loss[has_positive] = F.softplus(neg - pos_lse, threshold=64) + pos_lse - mean[has_positive]
+        losses.append(loss)
+    return losses[0], losses[1]
+
+
+def total(losses: tuple[Tensor, Tensor]) -> Tensor:
+    """Return a sum that weighs all losses differently."""
+    return sum((torch.linspace(0.5, 1.5, len(x), dtype=x.dtype) * x).mean() for x in losses)  # type: ignore[return-value]
+
+
+def spread(M: int, N: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return features whose pairs match well, badly, or not at all, so that every row has other negatives."""
+    image, text = pairs(M, N, D, noise=1.5)
+    return poisoned(image, dtype), poisoned(text, dtype)
+
+
+def check(
+    image: Tensor, text: Tensor, margin: float, labels: Any = None, backend: str | None = None, **options: Any
+) -> None:
+    """Compare loss and gradients with `dense` in fp64."""
+    scale = SCALE if options.get("normalize", True) else 0.7
+    given = leaves(image, text, scale)
+    dtype = given[2].dtype
+    exact = tuple(x.detach().double().requires_grad_() for x in given)
+    named = {} if labels is None else {"image_labels": labels[0], "text_labels": labels[1]}
+    found = fastclip.contrastive_loss(
+        *given, negative_margin=margin, reduction="none", backend=backend, **named, **options
+    )
+    expected = dense(*exact, margin, labels, **options)
+    without = dense(*exact, 1e6, labels, **options)
+    assert any((a != b).any() for a, b in zip(expected, without)), "no negative is left out"
+    budget = LOSS if dtype == torch.float32 else FP64
+    for ours, true in zip(found, expected):
+        torch.testing.assert_close(ours.double(), true, rtol=budget, atol=budget)
+    budget = FP32_GRADIENT if dtype == torch.float32 else FP64
+    for ours, true in zip(torch.autograd.grad(total(found), given), torch.autograd.grad(total(expected), exact)):
+        error = float((ours.double() - true).norm())
+        assert error <= (budget + 2 * unit_roundoff(ours.dtype)) * float(true.norm()), (error, float(true.norm()))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [-0.2, 0.0, 0.1])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(2, 2, 8), (65, 65, 24), (530, 530, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_loss_is_that_of_the_remaining_pairs(
+    dtype: torch.dtype, shape: tuple[int, int, int], normalize: bool, margin: float, backend: str
+) -> None:
+    image, text = spread(*shape, dtype)
+    if shape[0] == 2:
+        text = image.flip(0)  # every negative is above its positive
+    check(image, text, margin, backend=None if dtype == torch.float64 else backend, normalize=normalize)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"exclude_self": True}], ids=str)
+def test_loss_with_labels_is_that_of_the_remaining_pairs(options: dict[str, Any], backend: str | None) -> None:
+    M, N = (150, 150) if options.get("exclude_self") else (150, 230)
+    image, text = spread(M, N, 24, torch.float32 if backend else torch.float64)
+    labels = LABELS[0], LABELS[1][:N]
+    assert not torch.isin(labels[0], labels[1]).all(), "every row has a positive"
+    check(image, text, 0.05, labels, backend, **options)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_every_instruction_set_leaves_out_the_same_pairs(isa: str) -> None:
+    try:
+        native.module.select_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        check(*spread(530, 530, 24), 0.0)
+        check(*spread(150, 230, 24), 0.05, LABELS)
+    finally:
+        native.module.select_isa("auto")
+
+
+def test_many_blocks_leave_out_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.05")
+    check(*spread(530, 530, 24), 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [100.0, 3000.0])
+def test_logits_that_are_left_out_do_not_overflow(scale: float, backend: str) -> None:
+    """A pair far above the log-sum-exps of its row and column has no weight, where exp(z - lse) is infinite."""
+    image = torch.eye(8)[:4].requires_grad_()
+    text = (torch.eye(8)[4:] + 1e-3 * torch.eye(8)[:4] + torch.eye(8)[[1, 0, 3, 2]]).requires_grad_()
+    losses = fastclip.contrastive_loss(image, text, scale, negative_margin=0.1, reduction="none", backend=backend)
+    exact = dense(image.double(), text.double(), torch.tensor(scale, dtype=torch.float64), 0.1)
+    torch.testing.assert_close(torch.cat(losses).double(), torch.cat(exact), rtol=1e-4, atol=1e-6)
+    for d in torch.autograd.grad(total(losses), (image, text)):
+        assert d.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tie_stays_a_negative(dtype: torch.dtype, normalize: bool, backend: str) -> None:
+    """A caption that occurs twice is a negative of its image: rounding does not leave it out."""
+    image, text = (x.to(dtype) for x in pairs(600, 600, 59, aligned=1.0, noise=0.3))
+    text[300:] = text[:300]
+    options = {"normalize": normalize, "reduction": "none", "backend": backend}
+    scale = SCALE if normalize else 1.0
+    ours = fastclip.contrastive_loss(image, text, scale, negative_margin=0.0, **options)
+    everything = fastclip.contrastive_loss(image, text, scale, **options)
+    assert torch.equal(ours[0][:300] >= math.log(2) - 1e-3, torch.ones(300, dtype=torch.bool))
+    torch.testing.assert_close(ours[0][:300], everything[0][:300], rtol=1e-4, atol=1e-5)
+
+
+def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
+    """Return the sums of the softmax weights of all rows and of all columns, where rounding decides which pairs count.
+
+    All logits are within a few roundings of all limits, and there is no positive. The first number of all features is
+    1, so that the gradient with respect to it is the sum of the weights times the scale.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image, text = (
+        torch.randn(1, 64, generator=generator) + 1e-6 * torch.randn(n, 64, generator=generator) for n in (M, N)
+    )
+    image[:, 0] = text[:, 0] = 1.0
+    scale, z = torch.tensor(2.0), 2.0 * image @ text.T
+    problem = Problem(image, text, scale, offset=10**6, normalize=False, limits=(z.median(1)[0], z.median(0)[0]))
+    stats = by_side(torch.ops.fastclip.contrastive_fwd(*arguments(problem, backend)))
+    totals = []
+    for k in range(2):
+        grads = [SideGrads(*(torch.zeros_like(x) for x in (side.neg, side.pos, side.pos_lse))) for side in stats]
+        grads[k].neg.fill_(1.0)
+        out = torch.ops.fastclip.contrastive_bwd(
+            *arguments(problem, backend), list(flat(stats)), in_turn(*grads), [True] * 3
+        )
+        totals.append(out[k][:, 0] / scale)
+    return totals
+
+
+@pytest.mark.parametrize("workspace", ["64", "0.05"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_passes_decide_alike_near_the_limit(backend: str, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
+    for sums in near_limits(300, 530, backend):
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_nan(backend: str) -> None:
+    image, text = pairs(70, 70, 16)
+    text[3, 2] = torch.nan
+    row, col = fastclip.contrastive_loss(image, text, negative_margin=0.0, reduction="none", backend=backend)
+    assert row.isnan().all() and col[3].isnan()
