@@ -157,17 +157,22 @@ def _ties(p: Problem, r: Tensor) -> Tensor:
     return (near * row * col.amax()).to(r.dtype)[:, None]
 
 
+def _sums_in_fp32(x: Tensor) -> bool:
+    """Return True if torch's product of 16-bit features like `x` can have fp32 results, as on NVIDIA GPUs."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda and not torch.version.hip
+
+
 class _Negatives:
     """The similarities of some rows (B, D) with any block of texts, with -inf in place of positives."""
 
     def __init__(self, p: Problem, r: Tensor, c: Tensor, rows: slice) -> None:
         self.p, self.r, self.c, self.rows = p, r, c, rows
-        self.fused = p.image.dtype in (torch.bfloat16, torch.float16) and p.image.is_cuda and not torch.version.hip
+        self.fused = _sums_in_fp32(p.image)
         self.image = p.image[rows] if self.fused else unit_rows(p.image[rows], r[rows])
 
     def __call__(self, block: slice) -> Tensor:
         p, rows = self.p, self.rows
-        if self.fused:  # products of 16-bit features, summed in fp32
+        if self.fused:
             z = torch.mm(self.image, p.text[block].T, out_dtype=torch.float32)
             z *= self.r[rows, None]
             z *= self.c[block]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
+from fastclip.losses import hard_negatives
 from support.accuracy import counted_products, pairs, poisoned, random_labels
 from support.processes import ended, forked, forks, join_group
 from support.rounding import RoundsByPlace
@@ -83,6 +84,33 @@ def test_hardest_negatives_accurate(
     assert found.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not found.values.requires_grad
     compare(found, similarities(image.detach(), text, y, **given), k)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_products_of_16_bit_features_as_on_a_gpu(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that a GPU sums in fp32, emulated here, are scaled by the norms afterwards."""
+    image, text = (x.bfloat16() for x in pairs(90, 90, 24, noise=1.0))
+    products, real = [], torch.mm
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        products.append(a.dtype)
+        return real(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(hard_negatives, "_sums_in_fp32", lambda x: True)
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.05")
+    found = fastclip.hardest_negatives(image, text, 4, normalize=normalize)
+    compare(found, similarities(image, text, normalize=normalize), 4)
+    assert set(products) == {torch.bfloat16} and len(products) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hardest_negatives_accurate_on_a_gpu(dtype: torch.dtype) -> None:
+    image, text = (x.to(dtype) for x in pairs(700, 700, 64, noise=1.0))
+    found = fastclip.hardest_negatives(image.cuda(), text.cuda(), 9)
+    compare(fastclip.HardestNegatives(*(x.cpu() for x in found)), similarities(image, text), 9)
 
 
 def best_first(row: list[float]) -> list[int]:
