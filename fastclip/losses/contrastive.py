@@ -196,8 +196,8 @@ def _plain_loss(
     problem = plain_problem(image, text, scale)
     if problem is None:
         return None
-    if image_weight in _ONE_DIRECTION and one_pass(backend, *problem[:2]):
-        image, text, scale = problem
+    image, text, scale = problem
+    if image_weight in _ONE_DIRECTION and one_pass(backend, image, text):
         p = whole_rows(Problem(image, text, scale, normalize=normalize), None, image_weight)
         return one_direction(p, None, image.shape[0], backend, torch.float32)
     return plain_loss(problem, image_weight, normalize, backend)

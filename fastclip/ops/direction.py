@@ -23,8 +23,8 @@ from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 __all__ = ["one_direction", "one_pass"]
 
 _ROWS = (
-    "Tensor image, Tensor text, Tensor scale, Tensor divisor, Tensor? image_label, Tensor? text_label, Tensor? count, "
-    "SymInt offset, bool exclude_self, bool normalize, str? backend, bool[] needs"
+    "Tensor image, Tensor text, Tensor scale, Tensor divisor, Tensor? image_label, Tensor? text_label, "
+    "Tensor? row_count, SymInt offset, bool exclude_self, bool normalize, str? backend, bool[] needs"
 )
 torch.library.define("fastclip::direction_fwd", f"({_ROWS}) -> ({', '.join(['Tensor'] * 4)})", tags=TAGS)
 torch.library.define(
@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
     divisor: Tensor
     image_label: Tensor | None
     text_label: Tensor | None
-    positives: Tensor | None  # number of them in every row
+    row_count: Tensor | None
     offset: int
     exclude_self: bool
     normalize: bool
@@ -55,8 +55,7 @@ class _Rows(NamedTuple):
         labels = None
         if self.image_label is not None and self.text_label is not None:
             labels = self.image_label, self.text_label
-        options = self.offset, self.exclude_self, self.normalize
-        return Problem(self.image, self.text, self.scale, labels, *options)
+        return Problem(self.image, self.text, self.scale, labels, self.offset, self.exclude_self, self.normalize)
 
 
 @torch.library.impl("fastclip::direction_fwd", "default")
@@ -65,7 +64,7 @@ def _fwd(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     rows = _Rows(image, *args)
     p, dtype = rows.problem(), reference.wide_dtype(image.device)
     module = serving(rows.backend, p)
-    loss, *grads = module.direction_fwd(p, rows.positives, rows.divisor, list(rows.needs), dtype)
+    loss, *grads = module.direction_fwd(p, rows.row_count, rows.divisor, list(rows.needs), dtype)
     return loss, *(image.new_empty(0) if d is None else apart(d) for d in grads)
 
 
@@ -142,7 +141,7 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # Views are differentiated in place of the arguments, because d_loss may depend on the features itself
         image, text, scale, factor = (x.view_as(x) for x in (*rows.inputs(), d_loss))
         p = rows._replace(image=image, text=text, scale=scale).problem()
-        _, *first = reference.direction_fwd(p, rows.positives, rows.divisor, list(rows.needs), factor.dtype)
+        _, *first = reference.direction_fwd(p, rows.row_count, rows.divisor, list(rows.needs), factor.dtype)
         out = [None if d is None else factor.to(d.dtype) * d for d in first]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, factor))
     # The saved gradients receive no gradient, because they were recomputed from the features
@@ -162,7 +161,7 @@ class _Direction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *of_rows, dtype, module, p = args
         rows = _Rows(*of_rows)
-        loss, *grads = module.direction_fwd(p, rows.positives, rows.divisor, rows.needs, dtype)
+        loss, *grads = module.direction_fwd(p, rows.row_count, rows.divisor, rows.needs, dtype)
         keep(ctx, of_rows, grads)
         ctx.module = module
         return loss
@@ -211,21 +210,8 @@ def one_direction(
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     image_label, text_label = p.labels or (None, None)
-    image, text, scale = tensors
-    rows = _Rows(
-        image,
-        text,
-        scale,
-        divisor,
-        image_label,
-        text_label,
-        count,
-        p.offset,
-        p.exclude_self,
-        p.normalize,
-        backend,
-        needs,
-    )
+    whose = divisor, image_label, text_label, count
+    rows = _Rows(*tensors, *whose, p.offset, p.exclude_self, p.normalize, backend, needs)
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
         loss: Tensor = torch.ops.fastclip.direction_fwd(*rows)[0]

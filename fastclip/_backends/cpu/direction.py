@@ -94,8 +94,8 @@ def _features(p: Problem) -> tuple[Features, Features, Tensor | None]:
         return Features(p.image), Features(p.text), None
     M, N = p.image.shape[0], p.text.shape[0]
     norms, workers = empty(2, M + N), threads(*p.image.shape)  # inv_norm and outer of both sides
-    image, text = (normalized(x, norms.view(-1), at, workers) for x, at in ((p.image, 0), (p.text, 2 * M)))
-    return image, text, norms
+    flat = norms.view(-1)
+    return normalized(p.image, flat, 0, workers), normalized(p.text, flat, 2 * M, workers), norms
 
 
 def direction_fwd(
