@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.contrastive_bwd_vectors import (
     LABEL,
+    LIMIT,
     NEG,
     NEG_EXACT,
     NEG_LSE2,
@@ -68,6 +69,7 @@ def _plane(side, number: tl.constexpr, k):
 def _weigh(
     dot, row, col, constants_ptr, weights, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    LIMITS: tl.constexpr,
 ):  # fmt: skip
     """Store the weights of a tile of dot products that starts at (row.k0, col.k0); return d_scale per row."""
     i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
@@ -81,6 +83,12 @@ def _weigh(
         positive = row_label[:, None] == col_label[None, :]
     if EXCLUDE_SELF or not LABELS:
         inside = inside & (on_diagonal(i, j, i0, j0, offset) == 0)
+    if LIMITS:
+        # The product that the forward compares, so that both leave out the same pairs
+        logit2 = dot * col_factor * row_scale[:, None]
+        row_over, col_over = logit2 > _plane(row, LIMIT, i)[:, None], logit2 > _plane(col, LIMIT, j)[None, :]
+        if LABELS:
+            row_over, col_over = row_over & (positive == 0), col_over & (positive == 0)
     if EXACT:
         z2, rest2 = exact_logits2(dot, col_factor, row_scale, row_rest)
         z2 = tl.where(inside & (i < M - i0)[:, None], z2, -INF)
@@ -97,6 +105,8 @@ def _weigh(
                 else:
                     d = tl.where(positive, _plane(col, POS_EXACT, j)[None, :], d)
                     lse2 = tl.where(positive, _plane(col, POS_LSE2, j)[None, :], lse2)
+            if LIMITS:
+                d = tl.where(row_over if side == 0 else col_over, 0.0, d)
             # An empty set has d = 0 and an arbitrary log-sum-exp. Its exponential may be infinite, and 0 * inf is NaN.
             g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
@@ -109,6 +119,9 @@ def _weigh(
             if needs_mask(i0, j0, N, offset, dot.shape[0], dot.shape[1]):
                 g = tl.where(inside, g, 0.0)
         row_weight, col_weight = _plane(row, NEG, i)[:, None], _plane(col, NEG, j)[None, :]
+        if LIMITS:
+            row_weight, col_weight = tl.where(row_over, 0.0, row_weight), tl.where(col_over, 0.0, col_weight)
+            g = tl.where(row_over & col_over, 0.0, g)  # it may be infinite
         if LABELS:
             row_weight = tl.where(positive, _plane(row, POS, i)[:, None], row_weight)
             col_weight = tl.where(positive, _plane(col, POS, j)[None, :], col_weight)
@@ -127,21 +140,21 @@ def _weigh(
 def _weigh_split(
     dot, row, col, constants_ptr, weights, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LIMITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Run `_weigh` on SPLIT column parts, one after the other, so that only one part's temporaries occupy registers."""
     if SPLIT == 1:
-        return _weigh(dot, row, col, constants_ptr, weights, offset, LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR)
+        return _weigh(dot, row, col, constants_ptr, weights, offset, LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR, LIMITS)
     else:
         left, right = halves(dot)
         right_col = BwdVectors(col.vec, col.plane, col.k0 + dot.shape[1] // 2, col.size)
         part = _weigh_split(
             left, row, col, constants_ptr, weights, offset,
-            LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR, SPLIT // 2,
+            LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR, LIMITS, SPLIT // 2,
         )  # fmt: skip
         return part + _weigh_split(
             right, row, right_col, constants_ptr, weights, offset,
-            LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR, SPLIT // 2,
+            LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR, LIMITS, SPLIT // 2,
         )  # fmt: skip
 
 
@@ -149,12 +162,14 @@ def _weigh_split(
 def _weights_tile(
     number, image, text, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, part_ptr,
     M, N, D, offset, LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, CONFIG: tl.constexpr,
+    LIMITS: tl.constexpr,
 ):  # fmt: skip
     tile = tile_at(number, M, N, offset, CONFIG)
     dot = dot_tile(image, text, tile, D, CONFIG)
     row, col = BwdVectors(row_vec_ptr, row_plane, tile.i0, M), BwdVectors(col_vec_ptr, col_plane, tile.j0, N)
     part = _weigh_split(
-        dot, row, col, constants_ptr, weights, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG.DESCRIPTOR, CONFIG.SPLIT
+        dot, row, col, constants_ptr, weights, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG.DESCRIPTOR, LIMITS,
+        CONFIG.SPLIT,
     )  # fmt: skip
     tl.store(part_ptr + number, tl.sum(part, 0))
 
@@ -178,12 +193,14 @@ def contrastive_bwd_kernel(
     EXCLUDE_SELF: tl.constexpr,
     EXACT: tl.constexpr,
     CONFIG: tl.constexpr,
+    LIMITS: tl.constexpr = False,
 ):
     """Weights r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 
     Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2) = exp(z - c), one exponential per logit
               G = E (a_i + b_j) at negatives
               a_i = d_i exp(c - lse_i) and b_j = d_j exp(c - lse_j), from the plane NEG
+              with LIMITS a_i or b_j is 0 at pairs above the limit of the row or of the column
               G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS
               a' and b' are a and b for the log-sum-exps of the positives, from the plane POS
               G = 0 at the diagonal without LABELS, because the finish adds those positives in fp32
@@ -203,12 +220,12 @@ def contrastive_bwd_kernel(
             for number in range(tl.program_id(0), tiles_of(M, N, CONFIG), tl.num_programs(0)):
                 _weights_tile(
                     number, image, text, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights,
-                    part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG,
+                    part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG, LIMITS,
                 )  # fmt: skip
     elif repair == 0:
         _weights_tile(
             tl.program_id(0), image, text, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights,
-            part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG,
+            part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, EXACT, CONFIG, LIMITS,
         )  # fmt: skip
 
 
@@ -235,6 +252,7 @@ def contrastive_bwd(
     offset: int,
     exclude_self: bool,
     normalize: bool,
+    limits: tuple[Tensor, Tensor] | None,
     stats: list[Tensor],
     grads: list[Tensor],
     needs: list[bool],
@@ -243,7 +261,8 @@ def contrastive_bwd(
     """Compute the gradients of image, text and scale, each None if `needs` is False for it.
 
     Arguments and results are those of the reference's `contrastive_bwd`. It takes 6 M N D operations, in blocks whose
-    weights fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`.
+    weights fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`, if
+    there are no limits.
     """
     has_labels = labels is not None
     row_inv, col_inv = (x.contiguous() for x in stats[6:])
@@ -251,12 +270,12 @@ def contrastive_bwd(
     M, N, D, width = len(image), len(text), image.shape[1], rows.x.shape[1]
     block_m, block_n = block_size(rows.x, M, N, D)
     tile = tiles.config("contrastive_bwd", min(block_m, M), min(block_n, N), has_labels) if tiles else None
-    flags = {"LABELS": has_labels, "EXCLUDE_SELF": exclude_self}
+    flags = {"LABELS": has_labels, "EXCLUDE_SELF": exclude_self, "LIMITS": limits is not None}
     fast = TileLaunch(contrastive_bwd_kernel, rows.x, width, {**flags, "EXACT": False}, tile)
     exact = TileLaunch(contrastive_bwd_kernel, rows.x, width, {**flags, "EXACT": True})
     gradients = Gradients(rows, cols, D, (block_m, block_n), (fast.tile, exact.tile))
     part = image.new_empty(gradients.tile_parts + gradients.finish_parts, dtype=torch.float32)
-    row_vec, col_vec, constants = vectors(rows, cols, scale, labels, offset, normalize, stats, grads, part)
+    row_vec, col_vec, constants = vectors(rows, cols, scale, labels, limits, offset, normalize, stats, grads, part)
 
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor, part: Tensor) -> None:
         x, y, at = rows.x[i0:i1], cols.x[j0:j1], offset + i0 - j0

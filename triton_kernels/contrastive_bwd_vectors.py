@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import NORMS, Features, bound_of, high_bit, largest_norm, set_constants
 from fastclip.triton_kernels.gradients import DIAGONAL, store_factors
-from fastclip.triton_kernels.launch import launch, matrix
+from fastclip.triton_kernels.launch import launch, limits2, matrix
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LN2, LOG2E, REPAIR
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "LABEL",
+    "LIMIT",
     "NEG",
     "NEG_EXACT",
     "NEG_LSE2",
@@ -44,6 +45,7 @@ __all__ = [
 # int32 bits), POS, POS_EXACT and POS_LSE2 are the same for the positives, and DIAGONAL holds d_pos.
 NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+LIMIT = tl.constexpr(11)  # the limits, also without labels
 
 _LOWEST = tl.constexpr(-62.0)  # a log-sum-exp further below c may have lost terms that flushed to zero
 _BLOCK = 1024  # rows per program of the two kernels of this module
@@ -256,6 +258,7 @@ def vectors(
     cols: Features,
     scale: Tensor,
     labels: tuple[Tensor, Tensor] | None,
+    limits: tuple[Tensor, Tensor] | None,
     offset: int,
     normalize: bool,
     stats: list[Tensor],
@@ -272,8 +275,10 @@ def vectors(
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
     d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
     row_label, col_label = (None, None) if labels is None else (x.int().contiguous() for x in labels)
-    planes = 11 if has_labels else 7
+    planes = LIMIT.value + 1 if limits is not None else 11 if has_labels else 7
     row_vec, col_vec = (rows.x.new_empty(planes, size, dtype=torch.float32) for size in (M, N))
+    for vec, limit in zip((row_vec, col_vec), limits2(limits) or ()):
+        vec[LIMIT.value].copy_(limit)
     row = _Side(row_neg, row_pos_lse, d_row_neg, d_row_pos, d_row_pos_lse, row_inv, rows.factor, row_label, row_vec)
     col = _Side(col_neg, col_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse, col_inv, cols.factor, col_label, col_vec)
     block = _BLOCK if normalize else NORMS["BLOCK"]

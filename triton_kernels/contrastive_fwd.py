@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
 from fastclip.triton_kernels.features import Features, norms
-from fastclip.triton_kernels.launch import FwdSide, TileLaunch, Tiles, chunks, launch, panels_of
+from fastclip.triton_kernels.launch import FwdSide, LimitedSide, TileLaunch, Tiles, chunks, launch, limits2, panels_of
 from fastclip.triton_kernels.tile import (
     INF,
     OFFSET2,
@@ -51,10 +51,9 @@ _SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal fp32 number
 
 
 @triton.jit
-def _sums(e, keep):
-    """Return the row sums and the column sums of the exponentials where `keep` is true."""
-    e = tl.where(keep, e, 0.0)
-    return tl.sum(e, 1), tl.sum(e, 0)
+def _sums(e, in_row, in_col):
+    """Return the row sums of the exponentials where `in_row` is true, and the column sums where `in_col` is true."""
+    return tl.sum(tl.where(in_row, e, 0.0), 1), tl.sum(tl.where(in_col, e, 0.0), 0)
 
 
 @triton.jit
@@ -64,13 +63,13 @@ def _safe(top):
 
 
 @triton.jit
-def _exact_sums(z2, rest2, keep):
+def _exact_sums(z2, rest2, in_row, in_col):
     """Return log2 of the row and column sums in fp64, each from its own maximum, and these maxima."""
-    z2 = tl.where(keep, z2, -INF)
-    row_top, col_top = tl.max(z2, 1), tl.max(z2, 0)
+    row_z2, col_z2 = tl.where(in_row, z2, -INF), tl.where(in_col, z2, -INF)
+    row_top, col_top = tl.max(row_z2, 1), tl.max(col_z2, 0)
     row_safe, col_safe = _safe(row_top), _safe(col_top)
-    row = tl.log2(tl.sum(tl.exp2(z2 - row_safe[:, None] + rest2), 1))
-    col = tl.log2(tl.sum(tl.exp2(z2 - col_safe[None, :] + rest2), 0))
+    row = tl.log2(tl.sum(tl.exp2(row_z2 - row_safe[:, None] + rest2), 1))
+    col = tl.log2(tl.sum(tl.exp2(col_z2 - col_safe[None, :] + rest2), 0))
     # tl.max ignores NaN and the sums do not: copy their NaN into the maxima
     row_top, col_top = tl.where(row != row, row, row_top), tl.where(col != col, col, col_top)
     return row_safe.to(tl.float64) + row, col_safe.to(tl.float64) + col, row_top, col_top
@@ -90,6 +89,7 @@ def _store(row, col, plane: tl.constexpr, row_values, col_values, tile, CONFIG: 
 def _statistics_tile(
     number, image, text, row, col, constants_ptr, M, N, D, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, CONFIG: tl.constexpr,
+    LIMITS: tl.constexpr,
 ):  # fmt: skip
     tile = tile_at(number, M, N, offset, CONFIG)
     dot = dot_tile(image, text, tile, D, CONFIG)
@@ -107,7 +107,7 @@ def _statistics_tile(
         # An infinite c2 turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
-        if LABELS:  # a term that flushed to 0 would look like an empty set, which requests no repair
+        if LABELS or LIMITS:  # a term that flushed to 0 would look like an empty set, which requests no repair
             e = tl.maximum(e, tl.where(i < M - i0, _SMALLEST, 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
     diagonal = on_diagonal(i, j, i0, j0, offset)
     if LABELS:
@@ -119,14 +119,20 @@ def _statistics_tile(
         negative, positive = inside & (same == 0), inside & same
     else:
         negative = inside & (diagonal == 0)
+    row_negative, col_negative = negative, negative
+    if LIMITS:
+        # Every kernel compares this product with the limits, so that all leave out the same pairs. NaN stays
+        logit2 = z2 if EXACT else z2 * row_scale[:, None]
+        row_negative = negative & ((logit2 > load_vector(row.limit, i0, i, M)[:, None]) == 0)
+        col_negative = negative & ((logit2 > load_vector(col.limit, j0, j, N)[None, :]) == 0)
     if EXACT:
-        row_sum, col_sum, row_top, col_top = _exact_sums(z2, rest2, negative)
+        row_sum, col_sum, row_top, col_top = _exact_sums(z2, rest2, row_negative, col_negative)
         _store(row, col, 0, row_sum, col_sum, tile, CONFIG)
         if MAXIMA:
             _store(row, col, 3 if LABELS else 1, row_top, col_top, tile, CONFIG)
     else:
-        if LABELS:
-            row_sum, col_sum = _sums(e, negative)
+        if LABELS or LIMITS:
+            row_sum, col_sum = _sums(e, row_negative, col_negative)
         else:
             # Most tiles are away from the diagonal and the right edge, and skip the mask
             if needs_mask(i0, j0, N, offset, CONFIG.BLOCK_M, CONFIG.BLOCK_N):
@@ -135,11 +141,11 @@ def _statistics_tile(
         _store(row, col, 0, row_sum, col_sum, tile, CONFIG)
     if LABELS:
         if EXACT:
-            row_sum, col_sum, row_top, col_top = _exact_sums(z2, rest2, positive)
+            row_sum, col_sum, row_top, col_top = _exact_sums(z2, rest2, positive, positive)
             if MAXIMA:
                 _store(row, col, 4, row_top, col_top, tile, CONFIG)
         else:
-            row_sum, col_sum = _sums(e, positive)
+            row_sum, col_sum = _sums(e, positive, positive)
         _store(row, col, 1, row_sum, col_sum, tile, CONFIG)
         # Plane 2, the sum of the positives' logits. EXACT adds the rounding errors of the logits as well.
         if EXACT:
@@ -169,11 +175,13 @@ def contrastive_fwd_kernel(
     EXACT: tl.constexpr,
     MAXIMA: tl.constexpr,  # only if EXACT
     CONFIG: tl.constexpr,
+    LIMITS: tl.constexpr = False,  # row and col are each a `LimitedSide`
 ):
     """Sums of exponentials along the rows and columns of every tile. The logits are never stored.
 
     Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - c2), one exponential per logit
               row_i = sum_j E_ij and col_j = sum_i E_ij of a tile, over its negatives and over its positives
+              with LIMITS a pair above its row's limit is no negative of the row, and likewise for its column
               EXACT stores log2 of the same sums, from each row's and column's maximum, two exponentials per logit
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
               EXACT launches persistent programs that stride over the tiles
@@ -188,19 +196,26 @@ def contrastive_fwd_kernel(
             for number in range(tl.program_id(0), tiles_of(M, N, CONFIG), tl.num_programs(0)):
                 _statistics_tile(
                     number, image, text, row, col, constants_ptr, M, N, D, offset,
-                    LABELS, EXCLUDE_SELF, EXACT, MAXIMA, CONFIG,
+                    LABELS, EXCLUDE_SELF, EXACT, MAXIMA, CONFIG, LIMITS,
                 )  # fmt: skip
     else:
         _statistics_tile(
             tl.program_id(0), image, text, row, col, constants_ptr, M, N, D, offset,
-            LABELS, EXCLUDE_SELF, EXACT, MAXIMA, CONFIG,
+            LABELS, EXCLUDE_SELF, EXACT, MAXIMA, CONFIG, LIMITS,
         )  # fmt: skip
+
+
+def _side(factor: Tensor, label: Tensor | None, part: Tensor, limit: Tensor | None, k0: int, k1: int) -> Any:
+    """Return the `FwdSide` of elements k0 to k1 - 1, or the `LimitedSide` if there are limits."""
+    side = FwdSide(factor[k0:k1], None if label is None else label[k0:k1], part)
+    return side if limit is None else LimitedSide(*side, limit[k0:k1])
 
 
 def _statistics(
     rows: Features,
     cols: Features,
     labels: tuple[Tensor, Tensor] | None,
+    limits: tuple[Tensor, Tensor] | None,
     constants: Tensor,
     offset: int,
     exclude_self: bool,
@@ -211,7 +226,8 @@ def _statistics(
     M, N, (x, y) = len(rows.x), len(cols.x), (rows.x, cols.x)
     has_labels, width = labels is not None, x.shape[1]
     row_label, col_label = labels or (None, None)
-    flags = {"LABELS": has_labels, "EXCLUDE_SELF": exclude_self}
+    row_limit, col_limit = limits or (None, None)
+    flags = {"LABELS": has_labels, "EXCLUDE_SELF": exclude_self, "LIMITS": limits is not None}
     planes = 3 if has_labels else 1
     if maxima:
         planes += 2 if has_labels else 1
@@ -226,10 +242,10 @@ def _statistics(
     for statistics in (exact,) if maxima else (fast, exact):
         repair = statistics is exact
         parts = (row_part, col_part) if repair else (row_part.view(torch.float32), col_part.view(torch.float32))
-        col = FwdSide(cols.factor, col_label, parts[1])
+        col = _side(cols.factor, col_label, parts[1], col_limit, 0, N)
         for i0, i1 in chunks(M, panel):
             shape = i1 - i0, N
-            row = FwdSide(rows.factor[i0:i1], None if row_label is None else row_label[i0:i1], parts[0])
+            row = _side(rows.factor, row_label, parts[0], row_limit, i0, i1)
             if tiles and not repair:
                 tiles.contrastive_fwd(fast.tile, x[i0:i1], y, row, col, constants, offset + i0, exclude_self)
             else:
@@ -247,6 +263,7 @@ def _statistics(
             programs = ceil_div(i1 - i0, REDUCED) + ceil_div(N, REDUCED)
             arguments = *arguments, offset + i0, int(i0 == 0), int(i1 == M)
             options = {"LABELS": has_labels, "EXACT": repair, "MAXIMA": maxima, "BLOCK": REDUCED, "TILES": 8}
+            options["LIMITS"] = limits is not None
             launch(contrastive_fwd_reduce_kernel, programs, *arguments, **options)
     return row_out, col_out
 
@@ -259,6 +276,7 @@ def contrastive_fwd(
     offset: int,
     exclude_self: bool,
     normalize: bool,
+    limits: tuple[Tensor, Tensor] | None,
     maxima: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:
@@ -270,7 +288,7 @@ def contrastive_fwd(
     their reduction. All logits share one c. Two more launches per panel repair the result with row and column maxima if
     terms of a sum flushed to zero under this c. Otherwise they return at once.
 
-    tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`.
+    tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`, if there are no limits.
     """
     n = norms(image, text, scale, offset, normalize, labels is not None)
     if maxima:
@@ -278,7 +296,7 @@ def contrastive_fwd(
     rows, cols = Features.of(image, n.row_inv, normalize), Features.of(text, n.col_inv, normalize)
     if labels is not None:
         labels = labels[0].int().contiguous(), labels[1].int().contiguous()
-    planes = _statistics(rows, cols, labels, n.constants, offset, exclude_self, maxima, tiles)
+    planes = _statistics(rows, cols, labels, limits2(limits), n.constants, offset, exclude_self, maxima, tiles)
     # A custom op must not return tensors that share memory
     row, col = ([x.clone() for x in side] if len(side) > 1 else [side[0]] for side in planes)
     if labels is not None:

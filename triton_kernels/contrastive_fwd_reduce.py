@@ -23,7 +23,7 @@ REDUCED = 128  # rows or columns per program of the reduction
 
 @triton.jit
 def reduce_plane(
-    part_ptr, before, constants_ptr, tiles, size, k, alone, first, last, LABELS: tl.constexpr, EXACT: tl.constexpr,
+    part_ptr, before, constants_ptr, tiles, size, k, alone, first, last, EMPTY: tl.constexpr, EXACT: tl.constexpr,
     IS_SUM: tl.constexpr, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Reduce elements k of one side's partial results (tiles, size), merge in the earlier result `before`; return fp64.
@@ -31,7 +31,7 @@ def reduce_plane(
     A column's partial results come panel by panel of rows: `before` is the result of the panels so far, and the `first`
     panel has none. On the `last` panel the result is finished: its logarithm is taken, c is added, and units of log 2
     become natural units. k = `alone` is an element whose only pair is on the diagonal, so that its set of negatives is
-    empty.
+    empty. With EMPTY any set may be empty.
     """
     in_rows = k < size
     top = tl.where(in_rows & (first != 0), -INF, before) if EXACT and not IS_SUM else before
@@ -64,8 +64,8 @@ def reduce_plane(
     if last != 0:
         if not EXACT and not IS_SUM:
             # A sum of 0 comes from an empty set, which is right, or from terms that all flushed, which need a repair.
-            # With labels the tile kernel keeps every term above 0. Without labels only `alone` has an empty set.
-            empty = (total == 0) if LABELS else (k == alone)
+            # With EMPTY the tile kernel keeps every term above 0. Without it only `alone` has an empty set.
+            empty = (total == 0) if EMPTY else (k == alone)
             if tl.max((in_rows & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
                 tl.store(constants_ptr + REPAIR, 1.0)  # programs may race here, but all write the same value
             total = tl.log2(total) + tl.load(constants_ptr + OFFSET2).to(tl.float64)
@@ -77,6 +77,7 @@ def reduce_plane(
 def _reduce(
     part_ptr, out_ptr, out_plane, constants_ptr, tiles, size, k0, alone, first, last,
     LABELS: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    LIMITS: tl.constexpr,
 ):  # fmt: skip
     """Reduce BLOCK elements of one side, from k0 on: (planes, tiles, size) -> out (planes, out_plane), fp64."""
     k = k0 + tl.arange(0, BLOCK)
@@ -87,7 +88,7 @@ def _reduce(
         before = tl.load(out_ptrs, mask=in_rows & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
         total = reduce_plane(
             part_ptr + plane * tiles.to(tl.int64) * size, before, constants_ptr, tiles, size, k, alone, first, last,
-            LABELS, EXACT, is_sum, is_top, BLOCK, TILES,
+            LABELS or LIMITS, EXACT, is_sum, is_top, BLOCK, TILES,
         )  # fmt: skip
         tl.store(out_ptrs, total, mask=in_rows)
 
@@ -115,6 +116,7 @@ def contrastive_fwd_reduce_kernel(
     MAXIMA: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    LIMITS: tl.constexpr = False,
 ):
     """Log-sum-exps of rows and columns from the partial sums of a panel of rows. Sets REPAIR if a sum is too small.
 
@@ -135,11 +137,11 @@ def contrastive_fwd_reduce_kernel(
             alone = tl.where(N == 1, -offset, -1)
             _reduce(
                 row_part_ptr, row_out_ptr, row_out_plane, constants_ptr, tiles_n, M, block * BLOCK, alone, 1, 1,
-                LABELS, EXACT, MAXIMA, BLOCK, TILES,
+                LABELS, EXACT, MAXIMA, BLOCK, TILES, LIMITS,
             )  # fmt: skip
         else:
             alone = tl.where((M == 1) & (first != 0) & (last != 0), offset, -1)
             _reduce(
                 col_part_ptr, col_out_ptr, col_out_plane, constants_ptr, tiles_m, N, (block - blocks) * BLOCK, alone,
-                first, last, LABELS, EXACT, MAXIMA, BLOCK, TILES,
+                first, last, LABELS, EXACT, MAXIMA, BLOCK, TILES, LIMITS,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ __all__ = [
     "BwdSide",
     "Config",
     "FwdSide",
+    "LimitedSide",
     "Matrix",
     "TileLaunch",
     "Tiles",
@@ -26,6 +28,7 @@ __all__ = [
     "chunks",
     "interpreting",
     "launch",
+    "limits2",
     "matrix",
     "panels_of",
     "processors",
@@ -95,6 +98,15 @@ class FwdSide(NamedTuple):
     factor: Tensor  # (size,) fp32
     label: Tensor | None  # (size,) int32
     part: Tensor  # (planes, tiles across, size) fp32
+
+
+class LimitedSide(NamedTuple):
+    """Vectors of one side of a block with limits: the fields of `FwdSide`, and the limits."""
+
+    factor: Tensor
+    label: Tensor | None
+    part: Tensor
+    limit: Tensor  # (size,) fp32, largest z2 that counts as a negative
 
 
 class BwdSide(NamedTuple):
@@ -238,6 +250,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def limits2(limits: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Return the limits of a problem in units of log 2, fp32."""
+    if limits is None:
+        return None
+    return (limits[0].double() * math.log2(math.e)).float(), (limits[1].double() * math.log2(math.e)).float()
+
+
 def with_rows(x: Tensor) -> Tensor:
     """Return `x` if its rows are contiguous (column stride 1), else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
@@ -274,7 +293,9 @@ class TileLaunch:
         exact = flags.get("EXACT", False)
         if tile is None:
             name = kernel.fn.__name__.removesuffix("_kernel") + ("_repair" if exact else "")
-            tile = choose(name, x, flags.get("LABELS", False))
+            # With limits the masks take registers, as they do with labels. Forward and backward have tiles of one shape
+            # then, whose dot products have the same bits, so that both leave out the same pairs.
+            tile = choose(name, x, flags.get("LABELS", False) or flags.get("LIMITS", False))
         self.kernel, self.tile, self.descriptor = kernel, tile, uses_descriptors(x)
         precision = fp32_products() if x.dtype is torch.float32 else "ieee"
         self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}

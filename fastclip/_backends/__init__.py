@@ -119,8 +119,7 @@ def serving(name: str | None, p: Problem) -> ModuleType:
     """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference
-    module = serving_pairs(name, p.image)
-    return reference if p.limits is not None and module in (triton, cuda) else module
+    return serving_pairs(name, p.image)
 
 
 def serving_pairs(name: str | None, image: Tensor) -> ModuleType:

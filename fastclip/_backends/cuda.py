@@ -2,7 +2,8 @@
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
 all other cases the launchers of the Triton backend start these tile kernels. Triton's other kernels remain: norms,
-reductions, the finish of gradients, repairs of a problem whose logits had too large a range, and all of distillation.
+reductions, the finish of gradients, repairs of a problem whose logits had too large a range, problems with limits, and
+distillation.
 """
 
 from __future__ import annotations
@@ -179,14 +180,14 @@ def _addresses(side: Any) -> dict[str, int]:
 
 def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     """Compute `reference.contrastive_fwd`."""
-    return triton.contrastive_fwd(p, maxima, tiles=_Tiles(p.image.device))
+    return triton.contrastive_fwd(p, maxima, tiles=None if p.limits else _Tiles(p.image.device))
 
 
 def contrastive_bwd(
     p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute `reference.contrastive_bwd`."""
-    return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
+    return triton.contrastive_bwd(p, stats, grads, needs, tiles=None if p.limits else _Tiles(p.image.device))
 
 
 # ---- losses of pairs: with few rows a training step waits for this Python code, so it makes few calls ----

@@ -116,7 +116,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Side
     """Compute `reference.contrastive_fwd`. `tiles` (`triton_kernels.launch.Tiles`) replaces Triton's tile kernels."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
     # Each statistic of the rows, then of the columns
-    in_turn = launcher.contrastive_fwd(*p[:-1], maxima=maxima, tiles=tiles)
+    in_turn = launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)
     return Side(*in_turn[0::2]), Side(*in_turn[1::2])
 
 
@@ -127,7 +127,7 @@ def contrastive_bwd(
     """Compute `reference.contrastive_bwd`. `tiles` replaces Triton's tile kernels."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
     rows, cols = (side.tensors() for side in stats)
-    return launcher.contrastive_bwd(*p[:-1], in_turn(rows, cols), in_turn(*grads), needs, tiles=tiles)
+    return launcher.contrastive_bwd(*p, in_turn(rows, cols), in_turn(*grads), needs, tiles=tiles)
 
 
 def _tensors(p: Problem) -> tuple[Tensor, Tensor, Tensor]:

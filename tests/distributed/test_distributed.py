@@ -124,6 +124,19 @@ def test_sum(case: str, W: int) -> None:
             torch.testing.assert_close(torch.stack(ours).mean(), true)
 
 
+@pytest.mark.parametrize("options", ["plain", "labels", "not normalised"])
+@pytest.mark.parametrize("comm", COMMS)
+def test_ranks_leave_out_the_pairs_of_one_process(comm: str, options: str, W: int) -> None:
+    batch = Batch("unequal", options, "float64", W)
+    one = batch_without_ranks(batch, negative_margin=-0.1)
+    assert one[0] != batch_without_ranks(batch)[0], "no pair is left out"
+    value, image, text, scale = zip(*(of_rank["margins"][comm, options] for of_rank in ranks(W)))
+    for ours, true in zip((torch.cat(image), torch.cat(text)), one[1:3]):
+        torch.testing.assert_close(ours, W * true)
+    for ours, true in zip((value, scale), (one[0], one[3])):
+        torch.testing.assert_close(torch.stack(ours).mean(), true)
+
+
 def batch_without_ranks(batch: Batch, **options: Any) -> list[Tensor]:
     batch.own = slice(None)
     return sharded.sharded(batch, None, **options)

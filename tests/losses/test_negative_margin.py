@@ -17,8 +17,9 @@ from fastclip.losses.ties import TIE
 from fastclip.ops.contrastive import arguments, by_side, flat
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS
 from support.accuracy import leaves, pairs, poisoned, random_labels, unit_roundoff
+from support.kinds import DEVICE, GPU
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "reference", "triton"]
 SCALE = 14.3
 LABELS = random_labels(150, 230, 60)
 
@@ -38,9 +39,11 @@ def dense(
     itself = torch.eye(*z.shape, dtype=torch.bool)
     positive = itself if labels is None else labels[0][:, None] == labels[1]
     positive, either = (positive & ~itself, ~itself) if exclude_self else (positive, torch.ones_like(positive))
-    tie = TIE * abs(scale.detach()) * (1 if normalize else u.norm(dim=1).max() * v.norm(dim=1).max())
+    row_norm, col_norm = (x.detach().norm(dim=1) for x in (u, v))
+    ties = (TIE * abs(scale.detach()) * x for x in (row_norm * col_norm.max(), col_norm * row_norm.max()))
     losses = []
-    for x, pos, other in ((z, positive, either & ~positive), (z.T, positive.T, (either & ~positive).T)):
+    negative = either & ~positive
+    for x, pos, other, tie in zip((z, z.T), (positive, positive.T), (negative, negative.T), ties):
         count = pos.sum(1)
         mean = torch.where(pos, x, 0).sum(1) / count.clamp_min(1)
         limit = torch.where(count > 0, mean, torch.inf) + margin * abs(scale) + tie
@@ -54,9 +57,13 @@ def dense(
     return losses[0], losses[1]
 
 
+def device_of(backend: str | None) -> str:
+    return DEVICE if backend == "triton" else "cpu"
+
+
 def total(losses: tuple[Tensor, Tensor]) -> Tensor:
     """Return a sum that weighs all losses differently."""
-    return sum((torch.linspace(0.5, 1.5, len(x), dtype=x.dtype) * x).mean() for x in losses)  # type: ignore[return-value]
+    return sum((torch.linspace(0.5, 1.5, len(x), dtype=x.dtype, device=x.device) * x).mean() for x in losses)  # type: ignore[return-value]
 
 
 def spread(M: int, N: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -70,10 +77,10 @@ def check(
 ) -> None:
     """Compare loss and gradients with `dense` in fp64."""
     scale = SCALE if options.get("normalize", True) else 0.7
-    given = leaves(image, text, scale)
+    given = tuple(x.detach().to(device_of(backend)).requires_grad_() for x in leaves(image, text, scale))
     dtype = given[2].dtype
-    exact = tuple(x.detach().double().requires_grad_() for x in given)
-    named = {} if labels is None else {"image_labels": labels[0], "text_labels": labels[1]}
+    exact = tuple(x.detach().double().cpu().requires_grad_() for x in given)
+    named = dict(zip(("image_labels", "text_labels"), (y.to(device_of(backend)) for y in labels or ())))
     found = fastclip.contrastive_loss(
         *given, negative_margin=margin, reduction="none", backend=backend, **named, **options
     )
@@ -82,10 +89,10 @@ def check(
     assert any((a != b).any() for a, b in zip(expected, without)), "no negative is left out"
     budget = LOSS if dtype == torch.float32 else FP64
     for ours, true in zip(found, expected):
-        torch.testing.assert_close(ours.double(), true, rtol=budget, atol=budget)
+        torch.testing.assert_close(ours.double().cpu(), true, rtol=budget, atol=budget)
     budget = FP32_GRADIENT if dtype == torch.float32 else FP64
     for ours, true in zip(torch.autograd.grad(total(found), given), torch.autograd.grad(total(expected), exact)):
-        error = float((ours.double() - true).norm())
+        error = float((ours.double().cpu() - true).norm())
         assert error <= (budget + 2 * unit_roundoff(ours.dtype)) * float(true.norm()), (error, float(true.norm()))
 
 
@@ -99,6 +106,10 @@ def test_loss_is_that_of_the_remaining_pairs(
     dtype: torch.dtype, shape: tuple[int, int, int], normalize: bool, margin: float, backend: str
 ) -> None:
     image, text = spread(*shape, dtype)
+    if backend == "triton" and not GPU:
+        if dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+        shape = min(shape, (150, 150, 40))  # several tiles; the interpreter is slow
     if shape[0] == 2:
         text = image.flip(0)  # every negative is above its positive
     check(image, text, margin, backend=None if dtype == torch.float64 else backend, normalize=normalize)
@@ -136,11 +147,12 @@ def test_many_blocks_leave_out_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("scale", [100.0, 3000.0])
 def test_logits_that_are_left_out_do_not_overflow(scale: float, backend: str) -> None:
     """A pair far above the log-sum-exps of its row and column has no weight, where exp(z - lse) is infinite."""
-    image = torch.eye(8)[:4].requires_grad_()
-    text = (torch.eye(8)[4:] + 1e-3 * torch.eye(8)[:4] + torch.eye(8)[[1, 0, 3, 2]]).requires_grad_()
+    unit = torch.eye(8, device=device_of(backend))
+    image = unit[:4].requires_grad_()
+    text = (unit[4:] + 1e-3 * unit[:4] + unit[[1, 0, 3, 2]]).requires_grad_()
     losses = fastclip.contrastive_loss(image, text, scale, negative_margin=0.1, reduction="none", backend=backend)
-    exact = dense(image.double(), text.double(), torch.tensor(scale, dtype=torch.float64), 0.1)
-    torch.testing.assert_close(torch.cat(losses).double(), torch.cat(exact), rtol=1e-4, atol=1e-6)
+    exact = dense(image.double().cpu(), text.double().cpu(), torch.tensor(scale, dtype=torch.float64), 0.1)
+    torch.testing.assert_close(torch.cat(losses).double().cpu(), torch.cat(exact), rtol=1e-4, atol=1e-6)
     for d in torch.autograd.grad(total(losses), (image, text)):
         assert d.isfinite().all()
 
@@ -150,13 +162,15 @@ def test_logits_that_are_left_out_do_not_overflow(scale: float, backend: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tie_stays_a_negative(dtype: torch.dtype, normalize: bool, backend: str) -> None:
     """A caption that occurs twice is a negative of its image: rounding does not leave it out."""
-    image, text = (x.to(dtype) for x in pairs(600, 600, 59, aligned=1.0, noise=0.3))
+    if backend == "triton" and dtype == torch.bfloat16 and not GPU:
+        dtype = torch.float16  # which Triton's interpreter multiplies
+    image, text = (x.to(device_of(backend), dtype) for x in pairs(600, 600, 59, aligned=1.0, noise=0.3))
     text[300:] = text[:300]
     options = {"normalize": normalize, "reduction": "none", "backend": backend}
     scale = SCALE if normalize else 1.0
     ours = fastclip.contrastive_loss(image, text, scale, negative_margin=0.0, **options)
     everything = fastclip.contrastive_loss(image, text, scale, **options)
-    assert torch.equal(ours[0][:300] >= math.log(2) - 1e-3, torch.ones(300, dtype=torch.bool))
+    assert (ours[0][:300] >= math.log(2) - 1e-3).all()
     torch.testing.assert_close(ours[0][:300], everything[0][:300], rtol=1e-4, atol=1e-5)
 
 
@@ -171,7 +185,8 @@ def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
         torch.randn(1, 64, generator=generator) + 1e-6 * torch.randn(n, 64, generator=generator) for n in (M, N)
     )
     image[:, 0] = text[:, 0] = 1.0
-    scale, z = torch.tensor(2.0), 2.0 * image @ text.T
+    image, text = (x.to(device_of(backend)) for x in (image, text))
+    scale, z = torch.tensor(2.0, device=image.device), 2.0 * image @ text.T
     problem = Problem(image, text, scale, offset=10**6, normalize=False, limits=(z.median(1)[0], z.median(0)[0]))
     stats = by_side(torch.ops.fastclip.contrastive_fwd(*arguments(problem, backend)))
     totals = []
@@ -195,7 +210,7 @@ def test_both_passes_decide_alike_near_the_limit(backend: str, workspace: str, m
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_nan(backend: str) -> None:
-    image, text = pairs(70, 70, 16)
+    image, text = (x.to(device_of(backend)) for x in pairs(70, 70, 16))
     text[3, 2] = torch.nan
     row, col = fastclip.contrastive_loss(image, text, negative_margin=0.0, reduction="none", backend=backend)
     assert row.isnan().all() and col[3].isnan()

@@ -120,9 +120,12 @@ class Rank:
                 found[case] = sharded(batch, self.group, comm=comm)
         return found
 
-    def exact(self) -> dict[Any, Any]:
-        cases = itertools.product(COMMS, OPTIONS)
-        return {case: sharded(self.batch("unequal", case[1], "float64"), self.group, comm=case[0]) for case in cases}
+    def exact(self, names: Any = OPTIONS, **options: Any) -> dict[Any, Any]:
+        batches = {name: self.batch("unequal", name, "float64") for name in names}
+        return {(c, n): sharded(batches[n], self.group, comm=c, **options) for c in COMMS for n in names}
+
+    def margins(self) -> dict[Any, Any]:
+        return self.exact(("plain", "labels", "not normalised"), negative_margin=-0.1)
 
     def equal_shards(self) -> bool:
         """Return True if the promise of equal shards changes no bit."""
@@ -139,13 +142,12 @@ class Rank:
         runs = [[sharded(self.batch("large", "labels"), self.group, comm=comm) for comm in COMMS] for _ in range(3)]
         return all(torch.equal(a, b) for again in runs[1:] for x, y in zip(runs[0], again) for a, b in zip(x, y))
 
-    def sums(self) -> list[list[Tensor]]:
-        batch = self.batch("unequal", "labels", "float64")
+    def sums(self, options: str = "labels") -> list[list[Tensor]]:
+        batch = self.batch("unequal", options, "float64")
         return [sharded(batch, self.group, comm=comm, reduction="sum") for comm in COMMS]
 
     def sigmoid_sums(self) -> list[list[Tensor]]:
-        batch = self.batch("unequal", "sigmoid", "float64")
-        return [sharded(batch, self.group, comm=comm, reduction="sum") for comm in COMMS]
+        return self.sums("sigmoid")
 
     def none(self) -> list[tuple[Tensor, ...]]:
         batch = self.batch("unequal", "labels", "float64")
