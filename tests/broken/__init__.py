@@ -43,6 +43,7 @@ QUESTIONS = (
 PARTS = [
     "numbers",
     "engine",
+    "limits",
     "work",
     "prefixes",
     "mining",

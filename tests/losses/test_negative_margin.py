@@ -16,12 +16,12 @@ from fastclip._backends.problem import Problem, SideGrads, in_turn
 from fastclip.losses.ties import TIE
 from fastclip.ops.contrastive import arguments, by_side, flat
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS
-from support.accuracy import leaves, pairs, poisoned, random_labels, unit_roundoff
+from support.accuracy import counted_products, leaves, pairs, poisoned, random_labels, unit_roundoff
 from support.kinds import DEVICE, GPU
 
 BACKENDS = ["cpu", "reference", "triton"]
 SCALE = 14.3
-LABELS = random_labels(150, 230, 60)
+LABELS = random_labels(140, 150, 60)
 
 
 def dense(
@@ -109,7 +109,7 @@ def test_loss_is_that_of_the_remaining_pairs(
     if backend == "triton" and not GPU:
         if dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
-        shape = min(shape, (150, 150, 40))  # several tiles; the interpreter is slow
+        shape = min(shape, (130, 130, 40))  # several tiles; the interpreter is slow
     if shape[0] == 2:
         text = image.flip(0)  # every negative is above its positive
     check(image, text, margin, backend=None if dtype == torch.float64 else backend, normalize=normalize)
@@ -118,7 +118,7 @@ def test_loss_is_that_of_the_remaining_pairs(
 @pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"exclude_self": True}], ids=str)
 def test_loss_with_labels_is_that_of_the_remaining_pairs(options: dict[str, Any], backend: str | None) -> None:
-    M, N = (150, 150) if options.get("exclude_self") else (150, 230)
+    M, N = (140, 140) if options.get("exclude_self") else (140, 150)
     image, text = spread(M, N, 24, torch.float32 if backend else torch.float64)
     labels = LABELS[0], LABELS[1][:N]
     assert not torch.isin(labels[0], labels[1]).all(), "every row has a positive"
@@ -133,7 +133,7 @@ def test_every_instruction_set_leaves_out_the_same_pairs(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     try:
         check(*spread(530, 530, 24), 0.0)
-        check(*spread(150, 230, 24), 0.05, LABELS)
+        check(*spread(140, 150, 24), 0.05, LABELS)
     finally:
         native.module.select_isa("auto")
 
@@ -164,14 +164,15 @@ def test_a_tie_stays_a_negative(dtype: torch.dtype, normalize: bool, backend: st
     """A caption that occurs twice is a negative of its image: rounding does not leave it out."""
     if backend == "triton" and dtype == torch.bfloat16 and not GPU:
         dtype = torch.float16  # which Triton's interpreter multiplies
-    image, text = (x.to(device_of(backend), dtype) for x in pairs(600, 600, 59, aligned=1.0, noise=0.3))
-    text[300:] = text[:300]
+    half = 300 if backend != "triton" else 70  # the interpreter is slow
+    image, text = (x.to(device_of(backend), dtype) for x in pairs(2 * half, 2 * half, 59, aligned=1.0, noise=0.3))
+    text[half:] = text[:half]
     options = {"normalize": normalize, "reduction": "none", "backend": backend}
     scale = SCALE if normalize else 1.0
     ours = fastclip.contrastive_loss(image, text, scale, negative_margin=0.0, **options)
     everything = fastclip.contrastive_loss(image, text, scale, **options)
-    assert (ours[0][:300] >= math.log(2) - 1e-3).all()
-    torch.testing.assert_close(ours[0][:300], everything[0][:300], rtol=1e-4, atol=1e-5)
+    assert (ours[0][:half] >= math.log(2) - 1e-3).all()
+    torch.testing.assert_close(ours[0][:half], everything[0][:half], rtol=1e-4, atol=1e-5)
 
 
 def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
@@ -204,7 +205,8 @@ def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_passes_decide_alike_near_the_limit(backend: str, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
-    for sums in near_limits(300, 530, backend):
+    shape = (300, 530) if backend != "triton" else (130, 150)
+    for sums in near_limits(*shape, backend):
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-5, atol=0.0)
 
 
@@ -214,3 +216,89 @@ def test_nan_stays_nan(backend: str) -> None:
     text[3, 2] = torch.nan
     row, col = fastclip.contrastive_loss(image, text, negative_margin=0.0, reduction="none", backend=backend)
     assert row.isnan().all() and col[3].isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_ops_pass_opcheck(backend: str, labels: bool) -> None:
+    image, text = (x.requires_grad_() for x in pairs(20, 20, 8))
+    y = (torch.arange(20, dtype=torch.int32) % 7, torch.arange(20, dtype=torch.int32) % 5) if labels else (None, None)
+    options = *y, 0, False, True, backend, torch.linspace(-3, 3, 20), torch.linspace(2, -2, 20)
+    args = image, text, torch.tensor(5.0, requires_grad=True), *options
+    torch.library.opcheck(torch.ops.fastclip.contrastive_fwd, args)
+    detached = *(x.detach() for x in args[:3]), *options
+    torch.library.opcheck(torch.ops.fastclip.contrastive_maxima, detached)
+    stats = torch.ops.fastclip.contrastive_fwd(*detached)
+    grads = [torch.rand_like(x) for x in stats[:6]]
+    torch.library.opcheck(torch.ops.fastclip.contrastive_bwd, (*detached, list(stats), grads, [True] * 3))
+
+
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["diagonal", "labels"])
+def test_reference_passes_gradgradcheck(labels: tuple[Tensor, Tensor] | None) -> None:
+    """The choice of pairs is constant near the features, which are drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(6, 5, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    scale = torch.tensor(30.0, dtype=torch.float64, requires_grad=True)
+    y = {} if labels is None else {"image_labels": torch.arange(6) % 4, "text_labels": torch.arange(6) % 3}
+
+    def loss(*given: Tensor) -> Any:
+        return fastclip.contrastive_loss(*given, negative_margin=0.0, backend="reference", **y)
+
+    assert torch.autograd.gradcheck(loss, (image, text, scale))
+    assert torch.autograd.gradgradcheck(loss, (image, text, scale))
+    by_func = torch.func.grad(loss, argnums=(0, 1))(image, text, scale)
+    for a, b in zip(by_func, torch.autograd.grad(loss(image, text, scale), (image, text))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_compiles_whole(labels: bool) -> None:
+    image, text = pairs(20, 20, 8, noise=1.5)
+    y = {"image_labels": torch.arange(20) % 7, "text_labels": torch.arange(20) % 5} if labels else {}
+
+    def loss(image: Tensor, text: Tensor) -> Any:
+        return fastclip.contrastive_loss(image, text, 20.0, negative_margin=0.05, **y)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    given = image.requires_grad_(), text.requires_grad_()
+    torch.testing.assert_close(compiled(*given), loss(*given))
+    for a, b in zip(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(loss(*given), given)):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without labels the forward takes one product, with labels one more."""
+    image, text = pairs(300, 300, 16)
+    operations = counted_products(monkeypatch)
+    fastclip.contrastive_loss(image, text, negative_margin=0.1)
+    assert len(operations) == 1
+    y = torch.arange(300) % 100
+    fastclip.contrastive_loss(image, text, negative_margin=0.1, image_labels=y, text_labels=y)
+    assert len(operations) == 3
+
+
+def test_stats_and_views_leave_out_the_same_pairs() -> None:
+    image, text = spread(130, 130, 24)
+    found = fastclip.contrastive_stats(image, text, SCALE, negative_margin=0.0)
+    losses = fastclip.contrastive_loss(image, text, SCALE, negative_margin=0.0, reduction="none")
+    assert torch.equal(found.row_loss, losses[0]) and torch.equal(found.col_loss, losses[1])
+    everything = fastclip.contrastive_stats(image, text, SCALE)
+    assert (found.row_lse < everything.row_lse).any() and (found.row_lse <= everything.row_lse).all()
+    assert (found.row_hit >= everything.row_hit).all()
+    views = fastclip.multiview_loss([image, text], SCALE, negative_margin=0.0)
+    assert torch.equal(views, fastclip.contrastive_loss(image, text, SCALE, negative_margin=0.0))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.randn(4, 8)
+    for value, error, words in (
+        (math.nan, ValueError, "negative_margin must be finite or None, got nan"),
+        (-math.inf, ValueError, "negative_margin must be finite or None, got -inf"),
+        ("0.1", TypeError, "negative_margin must be a number or None, got str"),
+        (True, TypeError, "negative_margin must be a number or None, got bool"),
+    ):
+        for function in (fastclip.contrastive_loss, fastclip.contrastive_stats):
+            with pytest.raises(error, match=words):
+                function(x, x, negative_margin=value)
+    with pytest.raises(ValueError, match="negative_margin leaves pairs out that label_smoothing"):
+        fastclip.contrastive_loss(x, x, negative_margin=0.1, label_smoothing=0.1)

@@ -1,0 +1,46 @@
+"""Negatives that are left out because they exceed the positive."""
+
+from __future__ import annotations
+
+from broken import NUMBERS, Break, Promise
+
+PROMISES = [
+    Promise(
+        NUMBERS,
+        "With `negative_margin` loss and gradients are those of the remaining pairs; ties remain; so on several "
+        "processes",
+        tests=[
+            "losses/test_negative_margin.py::test_loss_is_that_of_the_remaining_pairs",
+            "losses/test_negative_margin.py::test_loss_with_labels_is_that_of_the_remaining_pairs",
+            "losses/test_negative_margin.py::test_both_passes_decide_alike_near_the_limit",
+            "losses/test_negative_margin.py::test_a_tie_stays_a_negative",
+            "distributed/test_distributed.py::test_ranks_leave_out_the_pairs_of_one_process",
+        ],
+        breaks=[
+            Break(
+                "limits: ties are left out",
+                "fastclip/losses/limits.py",
+                old="(positive + near + tie)",
+                new="(positive + near)",
+            ),
+            Break(
+                "limits: the other side's",
+                "csrc/cpu/tile_common.h",
+                old="Simd::above(z, load(lanes, keep_i.col_limit + j))",
+                new="Simd::above(z, keep_i.limit)",
+            ),
+            Break(
+                "limits: the backward forgets them",
+                "triton_kernels/contrastive_bwd.py",
+                old="row_weight, col_weight = tl.where(row_over, 0.0, row_weight), tl.where(col_over, 0.0, col_weight)",
+                new="row_weight, col_weight = row_weight, tl.where(col_over, 0.0, col_weight)",
+            ),
+            Break(
+                "limits: a ring's block has those of the first columns",
+                "fastclip/distributed/ring_losses.py",
+                old="None if x is None else (x[0], x[1][columns])",
+                new="None if x is None else (x[0], x[1][: len(block)])",
+            ),
+        ],
+    ),
+]
