@@ -8,12 +8,12 @@ Each backend is a module with the same functions:
     Return None if the backend supports the device and dtype of these features, else the reason why not. `named` is True
     if the caller named the backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
-    Compute the operations that `reference.py` defines, on a `Problem`.
+    Compute the operations that `reference` defines, on a `Problem`.
 ``distill_fwd(...)``, ``distill_bwd(...)``
-    Compute the operations on the `Problem` of a student and those of its teachers, as `reference.py` defines them. A
+    Compute the operations on the `Problem` of a student and those of its teachers, as `reference` defines them. A
     backend may lack these two.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
-    Compute the mean loss of pairs without labels and its gradients, as `reference.py` defines them. torch.autocast may
+    Compute the mean loss of pairs without labels and its gradients, as `reference` defines them. torch.autocast may
     be enabled when they run: pass ``out=`` to products, which autocast does not cast.
 ``direction_fits(image, text)``, ``direction_fwd(...)``, ``direction_bwd(...)``
     Compute the loss of the rows alone, and its gradients, in one pass over the logits. `direction_fits` returns False

@@ -2,8 +2,7 @@
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
 all other cases the launchers of the Triton backend start these tile kernels. Triton's other kernels remain: norms,
-reductions, the finish of gradients, repairs of a problem whose logits had too large a range, problems with limits, and
-distillation.
+reductions, the finish of gradients, repairs if the range of logits was too large, problems with limits, distillation.
 """
 
 from __future__ import annotations
@@ -336,7 +335,7 @@ def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.sigmoid_fwd`. The loss of pairs is computed by native code in three kernel launches."""
-    image, text, scale, _, offset, _, normalize = p
+    image, text, scale, _, offset, _, normalize, _ = p
     fp32 = scale.dtype is bias.dtype is torch.float32
     if offset or image.shape != text.shape or not fp32:
         return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles=_Tiles(image.device))

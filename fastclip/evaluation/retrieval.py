@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.losses.inputs.ties import TIE
 from fastclip.losses.largest import largest
-from fastclip.losses.ties import TIE
 from fastclip.system.progress import Progress
 from fastclip.system.rounding import ceil_div
 

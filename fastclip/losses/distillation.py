@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastclip._backends.problem import Problem, Side, Sides, TeacherSide, TeacherSides
 from fastclip.distributed import Shards, check_group, meet, reported, sharded_distillation
-from fastclip.losses.arguments import (
+from fastclip.losses.contrastive import direction_loss
+from fastclip.losses.inputs.arguments import (
     check_features,
     check_reduction,
     check_shard,
@@ -19,7 +20,6 @@ from fastclip.losses.arguments import (
     flag,
     scalar,
 )
-from fastclip.losses.contrastive import direction_loss
 from fastclip.ops import autocast_features, distillation_statistics
 
 __all__ = ["contrastive_and_distillation", "distillation_loss"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastclip._backends.problem import Side
 from fastclip.distributed import Shards, check_comm, check_group, gather_rows, reported
-from fastclip.losses.arguments import can_be_read, describe, flag, number
-from fastclip.losses.contrastive import batch_size, prepare, statistics_of
+from fastclip.losses.inputs.arguments import can_be_read, describe, flag, number
+from fastclip.losses.inputs.batch import batch_size, prepare, statistics_of
 from fastclip.ops import batched
 
 __all__ = ["GlobalContrastiveLoss"]

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import inv_norms, norms, unit_rows
 from fastclip.distributed import Shards, check_group, gather_rows, reported, with_all_texts
-from fastclip.losses.contrastive import Batch, prepare
+from fastclip.losses.inputs.batch import Batch, prepare
+from fastclip.losses.inputs.ties import TIE
 from fastclip.losses.largest import largest
-from fastclip.losses.ties import TIE
 from fastclip.ops import no_autocast, transformed
 from fastclip.system import env
 from fastclip.system.rounding import ceil_div

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastclip._backends.problem import Side
 from fastclip.distributed import check_comm, check_group, reported
-from fastclip.losses.contrastive import Batch, prepare, statistics_of
+from fastclip.losses.inputs.batch import Batch, prepare, statistics_of
 
 __all__ = ["LogitStatistics", "logit_statistics"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fastclip.distributed import check_group, meet, reported
-from fastclip.losses.arguments import check_features, describe, number
 from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.inputs.arguments import check_features, describe, number
 
 __all__ = ["matryoshka_loss"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastclip.distributed import check_group, reported
-from fastclip.losses.arguments import describe
 from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.inputs.arguments import describe
 
 __all__ = ["multiview_loss"]
 

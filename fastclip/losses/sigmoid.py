@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip.distributed import check_comm, check_group, gather_rows, meet, reported, ring_sigmoid_pairs
-from fastclip.losses.arguments import check_features, check_reduction, check_shard, flag, plain_problem, scalar
+from fastclip.losses.inputs.arguments import check_features, check_reduction, check_shard, flag, plain_problem, scalar
 from fastclip.ops import autocast_features, sigmoid_pairs
 
 __all__ = ["sigmoid_loss"]

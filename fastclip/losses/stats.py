@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastclip._backends.problem import Side
 from fastclip.distributed import check_group, sharded_maxima
-from fastclip.losses.contrastive import direction_losses, prepare
-from fastclip.losses.limits import ties
+from fastclip.losses.contrastive import direction_losses
+from fastclip.losses.inputs.batch import prepare
+from fastclip.losses.inputs.limits import ties
 from fastclip.ops import contrastive_maxima
 
 __all__ = ["ContrastiveStats", "contrastive_stats"]

@@ -2,7 +2,7 @@
 
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>. The loss is computed from them in torch
 (`losses/contrastive.py`), so autograd supplies its derivatives with respect to the statistics, and the backward op
-turns these derivatives into gradients of the features and the scale. `_backends/reference.py` defines what the ops
+turns these derivatives into gradients of the features and the scale. `_backends/reference` defines what the ops
 compute.
 
 An op takes and returns flat lists of tensors. `arguments` and `flat` convert a `Problem` and two `Side`s to lists, and
@@ -61,7 +61,8 @@ def problem_of(args: Sequence[Any]) -> tuple[Problem, str | None]:
     image, text, scale, image_labels, text_labels, *options, backend, row_limits, col_limits = args
     labels = None if image_labels is None or text_labels is None else (image_labels, text_labels)
     limits = None if row_limits is None or col_limits is None else (row_limits, col_limits)
-    return Problem(image, text, scale, labels, *options, limits), backend
+    offset, exclude_self, normalize = options
+    return Problem(image, text, scale, labels, offset, exclude_self, normalize, limits), backend
 
 
 def flat(sides: Sides) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 A row's log-sum-exp needs no other row. The forward therefore computes whole rows of logits, and returns the loss and,
 if needed, its gradients, which together take only three products of the features. The backward multiplies the gradients
-by the gradient of the loss. `_backends/reference.py` defines the function.
+by the gradient of the loss. `_backends/reference` defines the function.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def one_direction(
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     image_label, text_label = p.labels or (None, None)
-    whose = divisor, image_label, text_label, count
-    rows = _Rows(*tensors, *whose, p.offset, p.exclude_self, p.normalize, backend, needs)
+    labels = image_label, text_label, count
+    rows = _Rows(*tensors, divisor, *labels, p.offset, p.exclude_self, p.normalize, backend, needs)
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
         loss: Tensor = torch.ops.fastclip.direction_fwd(*rows)[0]

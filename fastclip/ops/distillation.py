@@ -2,7 +2,7 @@
 
 As for the contrastive loss, the loss is computed in torch from the statistics (`losses/distillation.py`), and the
 backward op turns derivatives with respect to them into gradients of the student's features and scale. Teachers get no
-gradient. `_backends/reference.py` defines what the ops compute.
+gradient. `_backends/reference` defines what the ops compute.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``fastclip::sigmoid_fwd`` and ``fastclip::sigmoid_bwd`` as torch ops.
 
 The forward returns the loss and, if needed, its gradients, which together take only three products of the features. The
-backward multiplies the gradients by the gradient of the loss. `_backends/reference.py` defines the function.
+backward multiplies the gradients by the gradient of the loss. `_backends/reference` defines the function.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastclip.losses.ties import TIE
+from fastclip.losses.inputs.ties import TIE
 from fastclip.search.index import Pictures, Vector
 
 __all__ = ["top"]

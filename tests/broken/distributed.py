@@ -54,7 +54,7 @@ PROMISES = [
             ),
             Break(
                 "ranks: positives of a rank's own texts only",
-                "fastclip/losses/contrastive.py",
+                "fastclip/losses/inputs/batch.py",
                 old="text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)",
                 new="text_labels = gather_rows(image_labels[shards.own_images] + 1, shards.images, shards.group)",
             ),

@@ -176,8 +176,8 @@ PROMISES = [
             Break(
                 "package: a slow import",
                 "fastclip/losses/contrastive.py",
-                old="from typing import Any, NamedTuple",
-                new="from typing import Any, NamedTuple; import time; time.sleep(0.5)",
+                old="from typing import Any\n",
+                new="from typing import Any; import time; time.sleep(0.5)\n",
             ),
         ],
     ),

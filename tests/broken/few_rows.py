@@ -25,7 +25,7 @@ PROMISES = [
             ),
             Break(
                 "the checks are all made again",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="        or image.device.type not in",
                 new="        or check_features(image, text, paired=True, backend=None)\n"
                 "        or image.device.type not in",
@@ -198,7 +198,7 @@ PROMISES = [
             ),
             Break(
                 "a scale's type is not looked at",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="if type(problem[-1]) not in TENSORS or type(problem[2]) not in TENSORS:",
                 new="if False:",
             ),

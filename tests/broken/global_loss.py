@@ -9,8 +9,7 @@ _LOSS = "fastclip/losses/global_contrastive.py"
 PROMISES = [
     Promise(
         NUMBERS,
-        "`GlobalContrastiveLoss` has the values, gradients and running means of SogCLR's and FastCLIP's formulas, also "
-        "for samples that occur twice in a batch; if a batch holds the dataset, they are those of the dataset's loss",
+        "`GlobalContrastiveLoss` follows SogCLR's and FastCLIP's formulas, and of the whole dataset is its loss",
         tests=[
             "losses/test_global_contrastive.py::test_steps_are_those_of_the_papers",
             "losses/test_global_contrastive.py::test_gradient_is_that_of_the_dataset_s_loss",

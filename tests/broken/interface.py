@@ -32,7 +32,7 @@ PROMISES = [
         breaks=[
             Break(
                 "a number is read from a tensor",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="if torch.compiler.is_compiling() or x.device.type",
                 new="if x.device.type",
             ),
@@ -145,13 +145,13 @@ PROMISES = [
         breaks=[
             Break(
                 "M and N are not compared",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="if paired and image.shape[0] != text.shape[0]:",
                 new="if False:",
             ),
             Break(
                 "labels of any dtype",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="if str(labels.dtype).removeprefix",
                 new="if labels.dtype is torch.bool and str(labels.dtype).removeprefix",
             ),
@@ -253,7 +253,7 @@ PROMISES = [
         breaks=[
             Break(
                 "it waits in float16",
-                "fastclip/_backends/reference.py",
+                "fastclip/_backends/reference/matrix.py",
                 old="return torch.float32 if x.dtype == torch.float16 else x.dtype",
                 new="return x.dtype",
             ),
@@ -293,7 +293,7 @@ PROMISES = [
         breaks=[
             Break(
                 "rounding decides a tie",
-                "fastclip/losses/ties.py",
+                "fastclip/losses/inputs/ties.py",
                 old="TIE = 2.0**-20",
                 new="TIE = -(2.0**-20)",
             ),

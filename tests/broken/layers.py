@@ -14,7 +14,7 @@ PROMISES = [
         breaks=[
             Break(
                 "labels import the trainer",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="import torch",
                 new="import fastclip.training",
             ),

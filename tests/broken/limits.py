@@ -19,7 +19,7 @@ PROMISES = [
         breaks=[
             Break(
                 "limits: ties are left out",
-                "fastclip/losses/limits.py",
+                "fastclip/losses/inputs/limits.py",
                 old="(positive + near + tie)",
                 new="(positive + near)",
             ),

@@ -74,7 +74,7 @@ PROMISES = [
         breaks=[
             Break(
                 "a fake label is read",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="return not recorded(x) and not transformed(x)",
                 new="return not transformed(x)",
             ),
@@ -95,7 +95,7 @@ PROMISES = [
         breaks=[
             Break(
                 "the scale is written into the graph",
-                "fastclip/losses/arguments.py",
+                "fastclip/losses/inputs/arguments.py",
                 old="return image.new_ones((), dtype=dtype) * value",
                 new="return image.new_full((), value, dtype=dtype)",
             ),

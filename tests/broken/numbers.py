@@ -73,13 +73,13 @@ PROMISES = [
         breaks=[
             Break(
                 "logaddexp of pairs",
-                "fastclip/_backends/reference.py",
+                "fastclip/_backends/reference/contrastive.py",
                 old="return _softplus(side.neg - side.pos)",
                 new="return torch.logaddexp(side.pos, side.neg) - side.pos",
             ),
             Break(
                 "logaddexp of labels",
-                "fastclip/_backends/reference.py",
+                "fastclip/_backends/reference/contrastive.py",
                 old="loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)",
                 new="loss = torch.logaddexp(torch.where(has_positive, side.neg, -torch.inf), q) - q",
             ),
@@ -95,7 +95,7 @@ PROMISES = [
         breaks=[
             Break(
                 "the mean counts all rows",
-                "fastclip/losses/contrastive.py",
+                "fastclip/losses/inputs/batch.py",
                 old="((count > 0).sum().clamp_min(1) for count",
                 new="((count >= 0).sum() for count",
             ),
@@ -129,7 +129,7 @@ PROMISES = [
             ),
             Break(
                 "own pairs count",
-                "fastclip/losses/contrastive.py",
+                "fastclip/losses/inputs/batch.py",
                 old="row_count, col_count = row_count - itself, col_count - itself",
                 new="row_count, col_count = row_count, col_count",
             ),
@@ -234,7 +234,7 @@ PROMISES = [
             ),
             Break(
                 "ties by float32's norms",
-                "fastclip/losses/limits.py",
+                "fastclip/losses/inputs/limits.py",
                 old="row, col = norms(p.image), norms(p.text)",
                 new="row, col = (torch.linalg.vector_norm(x, dim=1) for x in p[:2])",
             ),
@@ -343,31 +343,31 @@ PROMISES = [
         breaks=[
             Break(
                 "labels: -1 is a class, in silence",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="if bool((labels == -1).any()):",
                 new="if False:",
             ),
             Break(
                 "labels: -1 is a class in graphs and on a GPU",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="torch._assert_async((labels != -1).all(), message)",
                 new="pass",
             ),
             Break(
                 "labels: rows without one are a class",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="(y.long() != ignored).nonzero()",
                 new="(y.long() >= -(2**62)).nonzero()",
             ),
             Break(
                 "labels: 255 without a sign is -1",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="(y.long() != ignored).nonzero()",
                 new="(y != torch.tensor(ignored).to(y.dtype)).nonzero()",
             ),
             Break(
                 "labels: rows without one have a loss",
-                "fastclip/losses/labels.py",
+                "fastclip/losses/inputs/labels.py",
                 old="x.new_full((size,), fill)",
                 new="x.new_full((size,), 1)",
             ),

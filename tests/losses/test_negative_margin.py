@@ -13,7 +13,7 @@ from torch import Tensor
 import fastclip
 from fastclip._backends.cpu import native
 from fastclip._backends.problem import Problem, SideGrads, in_turn
-from fastclip.losses.ties import TIE
+from fastclip.losses.inputs.ties import TIE
 from fastclip.ops.contrastive import arguments, by_side, flat
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS
 from support.accuracy import counted_products, leaves, pairs, poisoned, random_labels, unit_roundoff

@@ -1,4 +1,4 @@
-"""The contrastive statistics and their gradients, as `reference.py` defines them."""
+"""The contrastive statistics and their gradients, as `reference` defines them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of one direction and its gradients in one pass over whole rows of logits, as in `reference.py`."""
+"""The loss of one direction and its gradients in one pass over whole rows of logits, as in `reference`."""
 
 from __future__ import annotations
 

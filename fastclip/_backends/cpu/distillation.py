@@ -1,4 +1,4 @@
-"""The statistics of a student and its teachers, and the student's gradients, as `reference.py` defines them.
+"""The statistics of a student and its teachers, and the student's gradients, as `reference` defines them.
 
 The dot products of student and teacher stand side by side in the workspace, in equal blocks. The native passes of the
 contrastive loss serve both. In the backward pass they turn a teacher's block into weights, which are added to those of

@@ -1,4 +1,4 @@
-"""The sigmoid loss and its gradients in one pass over the blocks, as `reference.py` defines them."""
+"""The sigmoid loss and its gradients in one pass over the blocks, as `reference` defines them."""
 
 from __future__ import annotations
 

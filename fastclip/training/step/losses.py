@@ -48,10 +48,10 @@ def named_loss(
         label_smoothing, image_weight, group, comm, equal_shards, backend: arguments of `fastclip.contrastive_loss`. An
             image_weight of None means 0.75 for convirt and 0.5 otherwise. The siglip and global losses have neither
             label_smoothing nor image_weight.
-        prefixes: lengths of prefixes of the features; the loss is then the sum of the losses of these prefixes
+        prefixes: lengths of prefixes of the features, over whose losses the loss is then the sum
             (`fastclip.matryoshka_loss`). The global loss has none.
         samples, rho: arguments of `fastclip.GlobalContrastiveLoss`, for the global loss only.
-        temperature: fixed temperature of the global loss; None trains it.
+        temperature: fixed temperature of the global loss, or None to train it.
 
     Raises:
         ValueError: the name is unknown, or the siglip or global loss is given one of the two options that it does not

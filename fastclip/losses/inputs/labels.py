@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.losses.arguments import can_be_read
+from fastclip.losses.inputs.arguments import can_be_read
 from fastclip.ops import batched
 
 __all__ = ["KeptRows", "MatchedLabels", "keep_labelled", "match_labels"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import inv_norms, norms, unit_rows
 from fastclip.distributed import Shards, gather_rows, largest_over_ranks, sharded_statistics
-from fastclip.losses.arguments import number
-from fastclip.losses.ties import TIE
+from fastclip.losses.inputs.arguments import number
+from fastclip.losses.inputs.ties import TIE
 from fastclip.ops import contrastive_statistics, no_autocast
 
 __all__ = ["check_margin", "negative_limits", "ties"]

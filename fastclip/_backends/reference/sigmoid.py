@@ -1,0 +1,56 @@
+"""The pairwise sigmoid loss, and its gradients in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastclip._backends.problem import Problem
+from fastclip._backends.reference.matrix import diagonal, inv_norms, saved_dtype, through_norm, unit_rows, wide_dtype
+
+__all__ = ["sigmoid_bwd", "sigmoid_fwd"]
+
+
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, () in `dtype`, and its four gradients.
+
+    sign_ij is 1 at the pairs (i, i + offset) and -1 elsewhere. The gradients are those of image, text, scale and bias
+    (), with None for those that `needs` excludes. The gradients of the features have `saved_dtype`.
+    """
+    r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
+    u, v = unit_rows(p.image, r), unit_rows(p.text, c)
+    s = p.scale.to(r.dtype)
+    cosine = u @ v.T
+    z = s * cosine + bias.to(r.dtype)
+    sign = torch.where(diagonal(z, p.offset), -1.0, 1.0).to(z.dtype)
+    loss = (-F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor).to(dtype)
+    if not any(needs):
+        return loss, None, None, None, None
+    g = sign * torch.sigmoid(sign * z) / divisor
+    return (
+        loss,
+        through_norm(s * (g @ v), u, r, p.normalize).to(saved_dtype(p.image)) if needs[0] else None,
+        through_norm(s * (g.T @ u), v, c, p.normalize).to(saved_dtype(p.text)) if needs[1] else None,
+        (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
+        g.sum().to(bias.dtype) if needs[3] else None,
+    )
+
+
+def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients from `sigmoid_fwd` times d_loss (), in the dtypes of the four inputs."""
+    out: list[Tensor | None] = []
+    for x, d in zip(inputs, kept):
+        if d is None:
+            out.append(None)
+            continue
+        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
+        # d_loss stays in fp32. A zero-dimensional tensor does not promote the dtype of the saved gradient d, so a
+        # bfloat16 product is rounded only once.
+        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))
+        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
+    return tuple(out)

@@ -1,0 +1,1 @@
+"""Inputs of the losses: checked arguments, labels, limits of negatives, and the batch of all processes."""
