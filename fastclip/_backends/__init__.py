@@ -10,8 +10,7 @@ Each backend is a module with the same functions:
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
     Compute the operations that `reference` defines, on a `Problem`.
 ``distill_fwd(...)``, ``distill_bwd(...)``
-    Compute the operations on the `Problem` of a student and those of its teachers, as `reference` defines them. A
-    backend may lack these two.
+    Compute the operations on the `Problem` of a student and those of its teachers, as `reference` defines them.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
     Compute the mean loss of pairs without labels and its gradients, as `reference` defines them. torch.autocast may
     be enabled when they run: pass ``out=`` to products, which autocast does not cast.
@@ -44,7 +43,6 @@ __all__ = [
     "pick",
     "serving",
     "serving_pairs",
-    "without_distillation",
 ]
 
 logger = logging.getLogger(__name__)
@@ -131,29 +129,7 @@ def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
     return module
 
 
-def without_distillation(name: str | None, image: Tensor) -> ModuleType:
-    """Return the reference in place of a backend that cannot compute the distillation loss, with a warning once.
-
-    Raise RuntimeError if the backend was named.
-    """
-    name = name or env.backend()
-    if name is not None:
-        raise RuntimeError(
-            f"backend={name!r} cannot serve this call: it does not have the distillation loss. To let fastclip choose "
-            f"a backend, pass backend=None and unset FASTCLIP_BACKEND"
-        )
-    if "distillation" not in _warned:
-        _warned.add("distillation")
-        logger.warning(
-            "the reference backend computes the distillation loss on %s tensors: it stores the N x N similarities, "
-            "because the faster backends for this device do not have this loss (pass backend='reference' to silence "
-            "this warning)",
-            image.device.type,
-        )
-    return reference
-
-
-_warned: set[str] = set()  # types of devices, and "distillation"
+_warned: set[str] = set()  # types of devices
 
 
 def _warn_of_reference(image: Tensor) -> None:

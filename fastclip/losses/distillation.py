@@ -151,9 +151,9 @@ def _prepare(
         options: dict[str, Any] = {"paired": True, "backend": backend, "may_be_empty": may_be_empty}
         check_features(image, text, **options)
         scale = scalar("logit_scale", logit_scale, image)
-        image, text, scale = autocast_features(image, text, scale)
-        p = Problem(image, text, scale, normalize=normalize)
-        problems = [_checked(teacher, p, student[0], options) for teacher in _teachers(*teachers)]
+        features = autocast_features(image, text, scale)
+        p = Problem(features[0], features[1], features[2], normalize=normalize)
+        problems = [_checked(teacher, p, image, options) for teacher in _teachers(*teachers)]
         if group is not None:
             for one in (p, *problems):
                 check_shard(backend, *one[:3])

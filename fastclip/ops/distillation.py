@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip._backends import reference, serving, without_distillation
+from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides, TeacherSide, TeacherSides, in_turn
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.backward import TAGS, check_second_derivatives, vector_jacobian
@@ -62,8 +62,6 @@ class _Arguments(NamedTuple):
             module = serving(self.backend, self.problem()._replace(image=image))
             if module is reference:
                 break
-            if not hasattr(module, "distill_fwd"):
-                return without_distillation(self.backend, image)
         return module
 
 

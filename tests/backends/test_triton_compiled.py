@@ -24,6 +24,7 @@ COMPILED = ROOT / "tests/support/compiled.py"
 TILES = {"contrastive_fwd_kernel", "contrastive_bwd_kernel", "sigmoid_fwd_kernel"}
 PLAIN = {f"plain_{name}_kernel" for name in ("norms", "reduce", "loss", "finish")} | {"copy_sides_kernel"}
 SIGMOID = {f"sigmoid_{name}_kernel" for name in ("norms", "finish", "bwd")}
+DISTILL = {"distill_fwd_kernel", "distill_bwd_kernel"}
 HALF = {90: {"sigmoid_bound_kernel"}, 80: set()}  # float16 alone has it, which is compiled for Hopper
 # Bytes of shared memory that a program may use: on an H100, and on the smallest chip from 8.0 on (8.6, 8.9, 12.0)
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
@@ -73,7 +74,7 @@ def machines() -> dict[int, list[dict[str, Any]]]:
 @pytest.mark.parametrize("chip", SHARED)
 def test_no_kernel_spills(machines: dict[int, list[dict[str, Any]]], chip: int) -> None:
     found = machines[chip]
-    assert {m["kernel"] for m in found} >= TILES | PLAIN | SIGMOID | HALF[chip]
+    assert {m["kernel"] for m in found} >= TILES | PLAIN | SIGMOID | DISTILL | HALF[chip]
     told = [
         f"{m['kernel']} {m['variant']}: {m}" for m in found if m["stack"] or m["local"] or m.get("LDL") or m.get("STL")
     ]

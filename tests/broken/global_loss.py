@@ -39,8 +39,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The running means of the global loss neither overflow nor underflow at a logit scale of 100, and a step that "
-        "overflows leaves them as they are",
+        "The global loss's means keep their digits at a logit scale of 100; a step that overflows leaves them alone",
         tests=[
             "losses/test_global_contrastive.py::test_estimators_do_not_overflow",
             "losses/test_global_contrastive.py::test_step_that_overflows_leaves_the_state",

@@ -131,6 +131,13 @@ def launch_sigmoid(p: Problem) -> None:
     triton_backend.sigmoid_fwd(p, bias, 1, [False] * 4, torch.float64)
 
 
+def launch_distill(p: Problem) -> None:
+    stats, of_teachers = triton_backend.distill_fwd(p, [p])
+    grads = [SideGrads(side.neg, side.pos, side.neg) for side in stats]
+    d_cosine = of_teachers[0].cosine, of_teachers[1].cosine
+    triton_backend.distill_bwd(p, [p], stats, of_teachers, (grads[0], grads[1]), d_cosine, [True] * 3)
+
+
 def launch_everything(*choices: Any) -> None:
     """Call each operation on such a problem; inside `compiling`, this compiles every kernel that it would launch."""
     p = problem(*choices)
@@ -140,6 +147,7 @@ def launch_everything(*choices: Any) -> None:
     if p.labels is None:
         launch_plain(p)
         launch_sigmoid(p)
+        launch_distill(p)
 
 
 def launched(chip: int) -> list[dict[str, Any]]:
