@@ -293,9 +293,11 @@ class TileLaunch:
         exact = flags.get("EXACT", False)
         if tile is None:
             name = kernel.fn.__name__.removesuffix("_kernel") + ("_repair" if exact else "")
-            # With limits the masks take registers, as they do with labels. Forward and backward have tiles of one shape
-            # then, whose dot products have the same bits, so that both leave out the same pairs.
-            tile = choose(name, x, flags.get("LABELS", False) or flags.get("LIMITS", False))
+            limits = flags.get("LIMITS", False)
+            tile = choose(name, x, flags.get("LABELS", False) or limits)
+            # With limits the masks take registers: with labels besides, four warps have too few. Forward and backward
+            # have the same tiles then, whose dot products have the same bits, so that both leave out the same pairs.
+            tile = tile._replace(num_warps=8) if limits else tile
         self.kernel, self.tile, self.descriptor = kernel, tile, uses_descriptors(x)
         precision = fp32_products() if x.dtype is torch.float32 else "ieee"
         self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
+from fastclip._backends import cuda, reference
 from fastclip._backends.cpu import native
 from fastclip._backends.problem import Problem, SideGrads, in_turn
 from fastclip.losses.inputs.ties import TIE
@@ -302,3 +303,18 @@ def test_what_does_not_fit_is_refused() -> None:
                 function(x, x, negative_margin=value)
     with pytest.raises(ValueError, match="negative_margin leaves pairs out that label_smoothing"):
         fastclip.contrastive_loss(x, x, negative_margin=0.1, label_smoothing=0.1)
+
+
+def test_the_cuda_backend_leaves_limits_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_Tiles", None)
+    image, text = (x.to(DEVICE, torch.float16) for x in spread(70, 70, 24))
+    limits = torch.full((70,), 0.5, device=DEVICE), torch.full((70,), -0.5, device=DEVICE)
+    problem = Problem(image, text, torch.tensor(3.0, device=DEVICE), limits=limits)
+    stats = cuda.contrastive_fwd(problem)
+    for ours, theirs in zip(flat(stats), flat(reference.contrastive_fwd(problem))):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5)
+    rows, cols = (SideGrads(*(torch.ones_like(x) for x in (side.neg, side.pos, side.pos_lse))) for side in stats)
+    ours, theirs = (module.contrastive_bwd(problem, stats, (rows, cols), [True] * 3) for module in (cuda, reference))
+    for a, b in zip(ours, theirs):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -138,12 +139,16 @@ def launch_distill(p: Problem) -> None:
     triton_backend.distill_bwd(p, [p], stats, of_teachers, (grads[0], grads[1]), d_cosine, [True] * 3)
 
 
-def launch_everything(*choices: Any) -> None:
-    """Call each operation on such a problem; inside `compiling`, this compiles every kernel that it would launch."""
-    p = problem(*choices)
+def launch_statistics(p: Problem) -> None:
     triton_backend.contrastive_fwd(p)
     triton_backend.contrastive_fwd(p, maxima=True)
     launch_bwd(p)
+
+
+def launch_everything(*choices: Any) -> None:
+    """Call each operation on such a problem; inside `compiling`, this compiles every kernel that it would launch."""
+    p = problem(*choices)
+    launch_statistics(p)
     if p.labels is None:
         launch_plain(p)
         launch_sigmoid(p)
@@ -159,6 +164,9 @@ def launched(chip: int) -> list[dict[str, Any]]:
         launch_everything(512, torch.bfloat16, True, True, True)
         if chip >= 90:  # below 9.0 the launch above compiles the same code, with the exclusion of the diagonal
             launch_everything(512, torch.bfloat16, True, False, True)
+        for dtype, labels in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+            p = problem(512, dtype, labels, False, True)
+            launch_statistics(p._replace(limits=(torch.zeros(len(p.image)), torch.zeros(len(p.text)))))
         with pytest.MonkeyPatch.context() as patch:  # as on AMD
             patch.setattr(plain, "_TICKET", False)
             launch_plain(problem(512, torch.bfloat16, False, False, True))
