@@ -210,8 +210,8 @@ def one_direction(
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     image_label, text_label = p.labels or (None, None)
-    labels = image_label, text_label, count
-    rows = _Rows(*tensors, divisor, *labels, p.offset, p.exclude_self, p.normalize, backend, needs)
+    problem = p.image, p.text, p.scale, divisor, image_label, text_label, count, p.offset, p.exclude_self, p.normalize
+    rows = _Rows(*problem, backend, needs)
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
         loss: Tensor = torch.ops.fastclip.direction_fwd(*rows)[0]
