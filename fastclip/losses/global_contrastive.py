@@ -18,7 +18,7 @@ __all__ = ["GlobalContrastiveLoss"]
 
 
 class GlobalContrastiveLoss(nn.Module):
-    """Compute the global contrastive loss, whose quality depends little on the size of the batch.
+    """Compute the global contrastive loss: the loss over a whole dataset, estimated from small batches.
 
     A pair i has as negatives all texts of the dataset, of which a batch holds a few. In a batch of N pairs,
     ``g_i = mean over j != i of exp(z_ij - z_ii)``, where z are the logits, estimates the mean over the dataset. The

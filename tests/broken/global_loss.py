@@ -27,6 +27,12 @@ PROMISES = [
                 old="negatives = N - repeats",
                 new="negatives = N + 0 * repeats",
             ),
+            Break(
+                "the last of the repeats of a sample updates its mean",
+                _LOSS,
+                old="log_g = _mean_of_repeats(index, log_g)",
+                new="pass",
+            ),
             Break("the sum of the positive logits of repeats", _LOSS, old="side.pos / repeats", new="side.pos"),
             Break(
                 "the temperature has the gradient of g alone",
@@ -62,12 +68,6 @@ PROMISES = [
             "distributed/test_global_contrastive.py::test_ranks_compute_the_loss_of_the_batch",
         ],
         breaks=[
-            Break(
-                "repeats of a sample on several ranks are updated one after the other",
-                _LOSS,
-                old="log_g = _mean_of_repeats(index, log_g)",
-                new="pass",
-            ),
             Break(
                 "a rank reads the estimators of the first rows",
                 _LOSS,

@@ -51,7 +51,7 @@ def named_loss(
         prefixes: lengths of prefixes of the features, over whose losses the loss is then the sum
             (`fastclip.matryoshka_loss`). The global loss has none.
         samples, rho: arguments of `fastclip.GlobalContrastiveLoss`, for the global loss only.
-        temperature: fixed temperature of the global loss, or None to train it.
+        temperature: fixed temperature of the global loss (default: it is trained).
 
     Raises:
         ValueError: the name is unknown, or the siglip or global loss is given one of the two options that it does not
