@@ -157,7 +157,7 @@ CONFIGS = {
     ("distill_fwd", "hopper", "fp16", False): Config(64, 64, 64, 4, 3),
     ("distill_fwd", "hopper", "fp32", False): Config(64, 64, 32, 4, 3),
     ("distill_fwd", "other", "fp16", False): Config(64, 64, 32, 4, 3),
-    ("distill_fwd", "other", "fp32", False): Config(64, 32, 32, 4, 3),
+    ("distill_fwd", "other", "fp32", False): Config(64, 32, 32, 8, 3),
     ("distill_bwd", "hopper", "fp16", False): Config(128, 64, 64, 8, 3),
     ("distill_bwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
     ("distill_bwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
