@@ -23,7 +23,7 @@ __all__ = ["Shards", "check_comm", "check_group", "meet", "reported"]
 # Parts of the row of 8-byte numbers that a rank sends: five fields (1 if the rank refused its arguments, else 0; the
 # number of images; the number of texts; D; a code of the dtype), the scalars, hashes of the options, and the error
 # message of a rank that refused its arguments
-_WIDTHS = (5, 2, 12, 40)
+_WIDTHS = (5, 2, 16, 40)
 _MESSAGE_BYTES = 8 * _WIDTHS[-1]
 
 
