@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
@@ -29,14 +30,14 @@ from fastclip.system.installed import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "recipes.csv"
 DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
-SCALE, PREFIXES, HARDEST = 20.0, (64, 128, 256, 512), 16
+SCALE, PREFIXES, HARDEST = 20.0, (16, 32, 64), 16
 Loss = Callable[..., Any]  # of matrices of features (N, D)
 
 
 class Recipe(NamedTuple):
     """A loss, and what it is compared with."""
 
-    inputs: int  # number of matrices (N, D), of which the first two or three get gradients
+    inputs: int  # number of matrices (N, D)
     ours: Callable[[], Loss]
     peer: str  # name and class
     theirs: Callable[[], Loss]
@@ -85,10 +86,64 @@ def simclr(first: Tensor, second: Tensor) -> Tensor:
     return loss
 
 
+def prefixes(queries: Tensor, documents: Tensor) -> Tensor:
+    return fastclip.matryoshka_loss(queries, documents, SCALE, prefixes=PREFIXES)
+
+
+def prefixes_of_peer() -> Loss:
+    from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+    class Model(torch.nn.Module):
+        def _get_untruncated_embedding_dimension(self) -> int:
+            return PREFIXES[-1]
+
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            return dict(features)
+
+    model = Model()
+    inner = MultipleNegativesRankingLoss(model, scale=SCALE, **SYMMETRIC)
+    loss = MatryoshkaLoss(model, inner, list(PREFIXES))
+    return lambda *x: loss([{"sentence_embedding": one} for one in x], None)
+
+
+def distilled(loss: Loss) -> Loss:
+    """Return the sum of both losses of a DistillClipLoss, of fastclip or open_clip, which takes unit rows."""
+
+    def both(*features: Tensor) -> Tensor:
+        image, text, *teacher = (F.normalize(x, dim=1) for x in features)
+        contrastive, distillation = loss(image, text, SCALE, *teacher, 2 * SCALE)
+        total: Tensor = contrastive + distillation
+        return total
+
+    return both
+
+
+def distilled_by_peer() -> Loss:
+    from open_clip.loss import DistillClipLoss
+
+    return distilled(DistillClipLoss())
+
+
+def hardest(queries: Tensor, documents: Tensor) -> Tensor:
+    return fastclip.hardest_negatives(queries, documents, HARDEST).values
+
+
+def hardest_of_peer() -> Loss:
+    from sentence_transformers.util import semantic_search
+
+    def values(queries: Tensor, documents: Tensor) -> Tensor:
+        found = semantic_search(queries, documents, top_k=HARDEST + 1)
+        others = ([hit["score"] for hit in hits if hit["corpus_id"] != i][:HARDEST] for i, hits in enumerate(found))
+        return torch.tensor(list(others))
+
+    return values
+
+
 def one_direction(queries: Tensor, documents: Tensor) -> Any:
     return fastclip.contrastive_loss(queries, documents, SCALE, image_weight=1.0)
 
 
+SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 FOUR = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 _RANKING = "sentence-transformers MultipleNegativesRankingLoss"
 RECIPES = {
@@ -102,6 +157,13 @@ RECIPES = {
         _RANKING,
         lambda: ranking(hardness_mode="hard_negatives", hardness_strength=5.0),
         gradients=3,
+    ),
+    "symmetric, three prefixes": Recipe(2, lambda: prefixes, "sentence-transformers MatryoshkaLoss", prefixes_of_peer),
+    "contrastive and distillation": Recipe(
+        4, lambda: distilled(fastclip.DistillClipLoss()), "open_clip DistillClipLoss", distilled_by_peer
+    ),
+    "hardest negatives, 16 of each": Recipe(
+        2, lambda: hardest, "sentence-transformers semantic_search", hardest_of_peer, gradients=0
     ),
     "two views (SimCLR)": Recipe(2, lambda: simclr, "pytorch-metric-learning SupConLoss", lambda: supcon),
 }

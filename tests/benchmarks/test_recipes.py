@@ -24,7 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
 
 def test_every_loss_equals_its_peer_and_has_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "peak", lambda *args: 0.0)
-    run(monkeypatch, f"--sizes 48 --dim 96 --rounds 2 --rows {tmp_path / 'rows.csv'}")
+    run(monkeypatch, f"--sizes 48 --dim 64 --rounds 2 --rows {tmp_path / 'rows.csv'}")
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["loss"] for row in rows[::2]] == list(recipes.RECIPES)

@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "self": {"classes": 30, "exclude_self": True},
     "ignored": {"classes": 30, "ignore_label": 0},
     "no positive": {"classes": 0},
+    "margin": {"negative_margin": -0.5},
+    "margin, labels": {"classes": 30, "negative_margin": 0.1},
 }
 
 
@@ -32,7 +34,7 @@ def dense(image: Tensor, text: Tensor, scale: Tensor, options: dict[str, Any]) -
     """Compute the six vectors from the whole matrix. Sets without a logit have -inf, with gradient 0."""
     options = dict(options)
     normalize, exclude_self = options.pop("normalize", True), options.pop("exclude_self", False)
-    ignored = options.pop("ignore_label", None)
+    ignored, margin = options.pop("ignore_label", None), options.pop("negative_margin", None)
     u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
     z = scale * u @ v.T
     positive, counts = torch.eye(*z.shape, dtype=torch.bool), torch.ones(z.shape, dtype=torch.bool)
@@ -51,7 +53,12 @@ def dense(image: Tensor, text: Tensor, scale: Tensor, options: dict[str, Any]) -
 
     at, off = positive & counts, ~positive & counts
     sums = [torch.where(at, z, 0.0).sum(dim) for dim in (1, 0)]
-    return lse(off, 1), lse(off, 0), *sums, lse(at, 1), lse(at, 0)
+    negatives = off, off
+    if margin is not None:  # a negative far above the mean positive of its row, or of its column, is left out there
+        far = (z - torch.where(at, z, 0.0).sum(dim, keepdim=True) / at.sum(dim, keepdim=True) for dim in (1, 0))
+        negatives = tuple(off & ~(above > margin * scale) for above in far)  # NaN without a positive: all count
+        assert all((kept != off).any() for kept in negatives)
+    return lse(negatives[0], 1), lse(negatives[1], 0), *sums, lse(at, 1), lse(at, 0)
 
 
 def problem(case: str, M: int, N: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
@@ -159,7 +166,7 @@ def test_operations_are_those_of_four_products(monkeypatch: pytest.MonkeyPatch) 
     assert sum(counted) == pytest.approx(8 * 200 * 300 * 24, rel=0.05)
 
 
-SHARDED = ("pairs", "labels", "self", "ignored", "no positive")
+SHARDED = ("pairs", "labels", "self", "ignored", "no positive", "margin", "margin, labels")
 
 
 def of_whole(case: str) -> tuple[list[Tensor], dict[str, Any]]:
