@@ -46,7 +46,7 @@ struct DirectionRun {
     sums = {};
     std::fill(factor.begin(), factor.end(), NAN);
     const bool labels = !row_label.empty();
-    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, exclude_self};
+    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, exclude_self, nullptr};
     const fastclip_direction direction{row_norm.data(),
                                        col_norm.data(),
                                        scale,
@@ -133,7 +133,7 @@ inline void direction_refusals() {
   float x[4] = {};
   int32_t label[2] = {};
   fastclip_direction_sums sums{};
-  const fastclip_block block{x, 2, 2, 2, 0, 0, 0, 0};
+  const fastclip_block block{x, 2, 2, 2, 0, 0, 0, 0, nullptr};
   fastclip_block part = block;
   part.j0 = 2;
   const fastclip_direction good{nullptr, nullptr, 1.0, nullptr, nullptr, nullptr, nullptr};

@@ -33,7 +33,6 @@ __all__ = ["contrastive_loss", "direction_loss", "direction_losses"]
 
 
 _NUMBERS = (float, int)
-_ONE_DIRECTION = (0.0, 1.0)  # values of image_weight
 _Pair = tuple[Tensor, Tensor]  # (images or rows, texts or columns)
 
 
@@ -165,8 +164,8 @@ def contrastive_loss(
         equal_shards=equal_shards,
         backend=backend,
     )
-    one_pass_serves = comm == "gather" and not batch.label_smoothing and batch.problem.limits is None
-    if image_weight in _ONE_DIRECTION and reduction != "none" and one_pass_serves:
+    one_pass_serves = comm == "gather" and batch.label_smoothing == 0.0 and batch.problem.limits is None
+    if _one_sided(image_weight) and reduction != "none" and one_pass_serves:
         return _one_direction(batch, reduction, image_weight, backend)
     return _reduced(batch, statistics_of(batch, comm, backend), reduction, image_weight)
 
@@ -184,10 +183,14 @@ def _plain_loss(
     if problem is None:
         return None
     image, text, scale = problem
-    if image_weight in _ONE_DIRECTION and one_pass(backend, image, text):
+    if image_weight != 0.5 and _one_sided(image_weight) and one_pass(backend, image, text):
         p = whole_rows(Problem(image, text, scale, normalize=normalize), None, image_weight)
         return one_direction(p, None, image.shape[0], backend, torch.float32)
     return plain_loss(problem, image_weight, normalize, backend)
+
+
+def _one_sided(image_weight: float) -> bool:
+    return image_weight == 0.0 or image_weight == 1.0  # `in` would fix the weight in a graph
 
 
 def _one_direction(batch: Batch, reduction: str, image_weight: float, backend: str | None) -> Tensor:

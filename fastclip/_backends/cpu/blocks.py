@@ -230,7 +230,9 @@ class Plan:
         parts = 2 if others else 1
         floats //= parts
         # For 16-bit features the workspace also holds fp32 copies: d_text, the rows of the block and their d_image
-        copied = sum(x.D for x, _ in ((image, text), *others) if not x.fp32)
+        copied = 0 if image.fp32 else image.D
+        for x, _ in others:
+            copied += 0 if x.fp32 else x.D
         floats -= min(N * copied, floats // 2) if copied else 0
         self.block_m, block_n = M, N
         if M > BLOCK_M or floats < 256 * M:

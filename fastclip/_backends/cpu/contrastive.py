@@ -114,10 +114,10 @@ class Weights:
         factors: dict[str, Tensor | None],
         inv_norm: Tensor,
         label: Tensor | None,
-        limit: Tensor | None,
         stats: Side,
         grads: SideGrads,
         gain: float,
+        limit: Tensor | None = None,
     ) -> None:
         d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
         self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label, "limit": limit}
@@ -165,8 +165,8 @@ def contrastive_bwd(
     s, gain = float(p.scale), gain_of((*d_rows, *d_cols))
     image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * LOG2E)
     row_limit, col_limit = _in_log2(p.limits)
-    row_weights = Weights(image_factors, image_inv_norm, image_label, row_limit, rows, d_rows, gain)
-    col_weights = Weights(text_factors, text_inv_norm, text_label, col_limit, cols, d_cols, gain)
+    row_weights = Weights(image_factors, image_inv_norm, image_label, rows, d_rows, gain, row_limit)
+    col_weights = Weights(text_factors, text_inv_norm, text_label, cols, d_cols, gain, col_limit)
     d_image = p.image.new_empty(p.image.shape) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape) if needs[1] else None
     d_scale = 0.0

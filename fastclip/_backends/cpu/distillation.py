@@ -90,7 +90,7 @@ def distill_bwd(
     plan = Plan(*student.features, owner=stats[0].inv_norm, others=[other.features for other in others])
     s, gain = float(p.scale), gain_of((*grads[0], *grads[1], *d_cosine))
     weights = [
-        Weights(factor, inv, None, None, side, of_side, gain)
+        Weights(factor, inv, None, side, of_side, gain)
         for factor, inv, side, of_side in zip(student.factors, student.inv_norms, stats, grads)
     ]
     of_others = []
@@ -117,4 +117,4 @@ def _teacher_weights(
     """Return weights of the softmax over the negatives of teacher k. Positives get the weight 0."""
     none = side.neg.new_empty(0)
     grads = SideGrads(d_cosine[k], torch.zeros_like(side.pos[k]), none)
-    return Weights(factor, inv_norm, None, None, Side(side.neg[k], side.pos[k], none, inv_norm), grads, gain)
+    return Weights(factor, inv_norm, None, Side(side.neg[k], side.pos[k], none, inv_norm), grads, gain)
