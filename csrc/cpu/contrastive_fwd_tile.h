@@ -202,18 +202,18 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
   return found;
 }
 
-template <class Keep>
-void negatives_of(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
-  log_sums(t, image, text, keep, Nothing{}, image.neg, text.neg);
+template <class Keep, class Also>
+void negatives_of(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, const Also& also) {
+  log_sums(t, image, text, keep, also, image.neg, text.neg);
   if (image.neg_top != nullptr) maxima(t, image, text, keep, image.neg_top, text.neg_top);
 }
 
-template <class Keep>
-void negatives(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
+template <class Keep, class Also = Nothing>
+void negatives(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, const Also& also = {}) {
   if (image.limit == nullptr) {
-    negatives_of(t, image, text, keep);
+    negatives_of(t, image, text, keep, also);
   } else {
-    negatives_of(t, image, text, Limited<Keep>(keep, image.limit, text.limit));
+    negatives_of(t, image, text, Limited<Keep>(keep, image.limit, text.limit), also);
   }
 }
 
@@ -235,7 +235,7 @@ void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& te
     if (t.other == nullptr) {
       negatives(t, image, text, not_own);
     } else {
-      log_sums(t, image, text, not_own, OtherCosines{t, image, text, image.neg, text.neg}, image.neg, text.neg);
+      negatives(t, image, text, not_own, OtherCosines{t, image, text, image.neg, text.neg});
     }
     for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
     for (int64_t i = 0; i < t.M; ++i) {

@@ -76,11 +76,18 @@ Row sum_row(const Tile& t, const DirectionSide& image, const DirectionSide& text
   return row;
 }
 
+// The losses are computed by one piece of code with and without gradients: in two instances of a template, the compiler
+// may fuse different multiply-adds, and their last bits would differ.
+template <class Keep>
+Row sum_negatives(bool store, const Tile& t, const DirectionSide& image, const DirectionSide& text, int64_t i,
+                  const Keep& keep_i) {
+  return store ? sum_row<true, false>(t, image, text, i, keep_i) : sum_row<false, false>(t, image, text, i, keep_i);
+}
+
 inline double natural_softplus(double x) { return (x < 0.0 ? 0.0 : x) + log1p(exp(-fabs(x))); }
 inline double sigmoid_of(double x) { return x < 0.0 ? exp(x) / (1.0 + exp(x)) : 1.0 / (1.0 + exp(-x)); }
 
 // Losses of pairs: the only positive of row i is the column in which the row meets the diagonal.
-template <bool kGradients>
 DirectionSums pair_rows(const Tile& t, const DirectionSide& image, const DirectionSide& text, float* factor) {
   DirectionSums sums;
   for (int64_t i = 0; i < t.M; ++i) {
@@ -88,10 +95,10 @@ DirectionSums pair_rows(const Tile& t, const DirectionSide& image, const Directi
     const int64_t j = t.own + i;
     const bool here = j >= 0 && j < t.N;
     const double dot_j = here ? dot[j] : 0.0, pos = here ? exact_logit(t, image, text, i, j) : 0.0;
-    const Row negatives = sum_row<kGradients, false>(t, image, text, i, NotOwn{j});
+    const Row negatives = sum_negatives(factor != nullptr, t, image, text, i, NotOwn{j});
     const double x = (negatives.lse() - pos) * kLn2;
     sums.loss += natural_softplus(x);
-    if (!kGradients) continue;
+    if (factor == nullptr) continue;
     const double h = negatives.sum == 0.0 ? 0.0 : sigmoid_of(x) / negatives.sum * image.inv_norm[i];
     factor[i] = static_cast<float>(h);
     sums.d_scale += h * negatives.along;
@@ -140,7 +147,7 @@ double weigh(const Tile& t, const DirectionSide& image, const DirectionSide& tex
 }
 
 // Losses with labels. A row without a positive has loss 0.
-template <bool kGradients, class Same, class Other>
+template <class Same, class Other>
 DirectionSums labelled_rows(const Tile& t, const DirectionSide& image, const DirectionSide& text, const Same& same,
                             const Other& other, float* factor) {
   DirectionSums sums;
@@ -151,10 +158,10 @@ DirectionSums labelled_rows(const Tile& t, const DirectionSide& image, const Dir
     const bool several = count > 1;
     const double n = static_cast<double>(count), pos = sum_of_positives(t, image, text, i, same_i);
     const Row positives = sum_row<false, true>(t, image, text, i, same_i);
-    const Row negatives = sum_row<kGradients, false>(t, image, text, i, other_i);
+    const Row negatives = sum_negatives(factor != nullptr, t, image, text, i, other_i);
     const double lse = several ? positives.lse() : pos, x = (negatives.lse() - lse) * kLn2;
     if (count > 0) sums.loss += natural_softplus(x) + (several ? (lse - pos / n) * kLn2 : 0.0);
-    if (!kGradients) continue;
+    if (factor == nullptr) continue;
     const double d = negatives.sum == 0.0 ? 0.0 : sigmoid_of(x) / negatives.sum, share = several ? d : 1.0;
     const double h = (several ? 1.0 : count > 0 ? d : 0.0) * image.inv_norm[i];
     const double shift = several ? -1.0 / n : -negatives.sum, slope = several ? sigmoid_of(-x) / positives.sum : 0.0;
@@ -166,20 +173,13 @@ DirectionSums labelled_rows(const Tile& t, const DirectionSide& image, const Dir
   return sums;
 }
 
-template <bool kGradients>
-DirectionSums direction_rows(const Tile& t, const DirectionSide& image, const DirectionSide& text, float* factor) {
-  if (image.label == nullptr) return pair_rows<kGradients>(t, image, text, factor);
+DirectionSums direction_tile(const Tile& t, const DirectionSide& image, const DirectionSide& text, float* factor) {
+  if (image.label == nullptr) return pair_rows(t, image, text, factor);
   const SameLabel same{image.label, text.label, 0};
   const OtherLabel other{same};
-  if (!t.exclude_self) return labelled_rows<kGradients>(t, image, text, same, other, factor);
+  if (!t.exclude_self) return labelled_rows(t, image, text, same, other, factor);
   const NotOwn not_own{t.own};
-  return labelled_rows<kGradients>(t, image, text, Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own},
-                                   factor);
-}
-
-DirectionSums direction_tile(const Tile& t, const DirectionSide& image, const DirectionSide& text, float* factor) {
-  return factor != nullptr ? direction_rows<true>(t, image, text, factor)
-                           : direction_rows<false>(t, image, text, factor);
+  return labelled_rows(t, image, text, Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own}, factor);
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     error of 4e-6. The inverse norms are the result of `inv_norms`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
+    # The same bits as in the backward pass, so that both compare the same numbers with the limits
+    z = p.scale.to(r.dtype) * (unit_rows(p.image, r) @ unit_rows(p.text, c).T)
     positive, negatives = positive_and_negatives(z, p)
     z_positive = torch.where(positive, z, 0.0)
     dims, wide = (1, 0), wide_dtype(z.device)  # a row's statistics are over the columns
