@@ -2,7 +2,8 @@
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
 all other cases the launchers of the Triton backend start these tile kernels. Triton's other kernels remain: norms,
-reductions, the finish of gradients, repairs if the range of logits was too large, problems with limits, distillation.
+reductions, the finish of gradients, repairs if the range of logits was too large, problems with limits, the sigmoid
+loss with labels, distillation.
 """
 
 from __future__ import annotations
@@ -318,11 +319,8 @@ def _add_products(
     """
     i0, i1, j0, j1 = block
     (N, width), size, wide = x.shape, i1 - i0, j1 - j0
-    weights, words, addmm = (
-        work.as_strided((size, wide), (stride, 1), weights_at),
-        work.view(torch.float32),
-        _launch().addmm,
-    )
+    weights = work.as_strided((size, wide), (stride, 1), weights_at)
+    words, addmm = work.view(torch.float32), _launch().addmm
     if needs[0]:
         image_sums = words.as_strided((size, width), (width, 1), sums_at // 2)
         addmm(image_sums, weights, y if wide == N else y[j0:j1], j0 > 0)
@@ -335,10 +333,11 @@ def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.sigmoid_fwd`. The loss of pairs is computed by native code in three kernel launches."""
-    image, text, scale, _, offset, _, normalize, _ = p
+    image, text, scale, labels, offset, _, normalize, limits = p
     fp32 = scale.dtype is bias.dtype is torch.float32
-    if offset or image.shape != text.shape or not fp32:
-        return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles=_Tiles(image.device))
+    if offset or image.shape != text.shape or not fp32 or labels or limits:
+        tiles = None if labels or limits else _Tiles(image.device)
+        return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles)
     kept = _SAVED[image.dtype]
     d_image = image.new_empty(image.shape, dtype=kept) if needs[0] else None
     d_text = text.new_empty(text.shape, dtype=kept) if needs[1] else None

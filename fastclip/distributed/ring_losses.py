@@ -14,7 +14,7 @@ from fastclip.distributed.ring import Ring, Sums
 from fastclip.ops import merge_logsumexp
 from fastclip.ops.backward import TAGS, keep, kept
 from fastclip.ops.contrastive import PROBLEM, arguments, by_side, derivatives, flat, problem_of
-from fastclip.ops.sigmoid import PAIRS, Pairs
+from fastclip.ops.sigmoid import PAIRS, Pairs, pairs_of
 
 __all__ = ["ring_sigmoid_pairs", "ring_statistics"]
 
@@ -142,13 +142,14 @@ def _sigmoid_fwd(*args: Any) -> tuple[Tensor, ...]:
     sums = Sums(ring)
     totals: list[Tensor] = []
     for owner, block in ring.blocks(pairs.text):
-        shares = torch.ops.fastclip.sigmoid_fwd(*pairs._replace(text=block, offset=ring.offset(owner)))
+        of_block = _block_problem(ring, owner, block, pairs.problem())
+        shares = torch.ops.fastclip.sigmoid_fwd(*pairs_of(of_block, pairs.bias, pairs.divisor, pairs.backend, needs))
         loss, d_image, d_text, d_scale, d_bias = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in shares)
         if needs[1]:
             sums.add(d_text)
         others = [loss, d_image, d_scale, d_bias]
         totals = [total + share for total, share in zip(totals, others)] if totals else others
-        del block, shares, d_image, d_text, others
+        del block, of_block, shares, d_image, d_text, others
     loss, d_image, d_scale, d_bias = totals
     dtype = reference.saved_dtype(image)
     d_text = sums.of_own_texts().to(dtype) if needs[1] else image
@@ -207,20 +208,10 @@ for _name in ("ring_bwd", "ring_sigmoid_bwd"):
 
 
 def ring_sigmoid_pairs(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    *,
-    divisor: int,
-    normalize: bool,
-    backend: str | None,
-    sizes: Sequence[int],
-    group: str,
+    p: Problem, bias: Tensor, *, divisor: int, backend: str | None, sizes: Sequence[int], group: str
 ) -> Tensor:
     """Return `sigmoid_pairs` of this rank's images and the texts of all ranks (see `ring_statistics`)."""
-    tensors = image, text, scale, bias
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
-    pairs = Pairs(*tensors, divisor, 0, normalize, backend, needs)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (*p[:3], bias)]
+    pairs = pairs_of(p, bias, divisor, backend, needs)
     loss: Tensor = torch.ops.fastclip.ring_sigmoid_fwd(*pairs, sizes, group)[0]
     return loss

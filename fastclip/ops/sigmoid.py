@@ -18,11 +18,12 @@ from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.backward import TAGS, apart, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
-__all__ = ["PAIRS", "Pairs", "sigmoid_pairs"]
+__all__ = ["PAIRS", "Pairs", "pairs_of", "sigmoid_pairs"]
 
 PAIRS = (
     "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, SymInt offset, bool normalize, "
-    "str? backend, bool[] needs"
+    "str? backend, bool[] needs, Tensor? image_labels, Tensor? text_labels, bool exclude_self, Tensor? row_limits, "
+    "Tensor? col_limits"
 )
 torch.library.define("fastclip::sigmoid_fwd", f"({PAIRS}) -> ({', '.join(['Tensor'] * 5)})", tags=TAGS)
 torch.library.define(
@@ -42,12 +43,29 @@ class Pairs(NamedTuple):
     normalize: bool
     backend: str | None
     needs: Sequence[bool]  # which of the four tensors need gradients
+    image_labels: Tensor | None = None
+    text_labels: Tensor | None = None
+    exclude_self: bool = False
+    row_limits: Tensor | None = None
+    col_limits: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.image, self.text, self.scale, self.bias
 
     def problem(self) -> Problem:
-        return Problem(self.image, self.text, self.scale, offset=self.offset, normalize=self.normalize)
+        labels = limits = None
+        if self.image_labels is not None and self.text_labels is not None:
+            labels = self.image_labels, self.text_labels
+        if self.row_limits is not None and self.col_limits is not None:
+            limits = self.row_limits, self.col_limits
+        features = self.image, self.text, self.scale
+        return Problem(*features, labels, self.offset, self.exclude_self, self.normalize, limits)
+
+
+def pairs_of(p: Problem, bias: Tensor, divisor: int, backend: str | None, needs: Sequence[bool]) -> Pairs:
+    """Return the first arguments of the ops for a problem."""
+    options = divisor, p.offset, p.normalize, backend, needs
+    return Pairs(*p[:3], bias, *options, *(p.labels or (None, None)), p.exclude_self, *(p.limits or (None, None)))
 
 
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
@@ -151,10 +169,11 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        image, text, scale, bias, divisor, offset, normalize, backend, needs, dtype, module, p = args
+        image, text, scale, bias, options, dtype, module, p = args
+        divisor, _, _, _, needs, *_ = options
         loss, *grads = module.sigmoid_fwd(p, bias, divisor, needs, dtype)
         ctx.save_for_backward(image, text, scale, bias, *grads)
-        ctx.options, ctx.module = (divisor, offset, normalize, backend, needs), module
+        ctx.options, ctx.module = options, module
         return loss
 
     @staticmethod
@@ -171,40 +190,29 @@ class _Sigmoid(torch.autograd.Function):
             # A hook of the user may have changed their layout. Scalars have no strides.
             d_image, d_text = [None if d is None else d.contiguous() for d in (d_image, d_text)]
             out = ctx.module.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
-        return *out, None, None, None, None, None, None, None, None
+        return *out, None, None, None, None
 
 
 def sigmoid_pairs(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    *,
-    divisor: int = 1,
-    offset: int = 0,
-    normalize: bool = True,
-    backend: str | None = None,
-    dtype: torch.dtype | None = None,
+    p: Problem, bias: Tensor, *, divisor: int = 1, backend: str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, (), differentiable.
+    """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, () in `dtype`, differentiable: see the reference.
 
-    sign_ij is 1 at the positives, column i + offset of row i, and -1 elsewhere. The result has `dtype`, by default
-    `reference.wide_dtype`. Gradients are divided by the divisor before they are rounded to a 16-bit dtype.
+    `dtype` is by default `reference.wide_dtype`. Gradients are divided by the divisor before they are rounded to a
+    16-bit dtype.
     """
-    tensors = image, text, scale, bias
-    dtype = dtype or reference.wide_dtype(image.device)
-    p = Problem(image, text, scale, offset=offset, normalize=normalize)
+    tensors = p.image, p.text, p.scale, bias
+    dtype = dtype or reference.wide_dtype(p.image.device)
     if needs_dense(backend, *tensors):
-        with no_autocast(image.device):
+        with no_autocast(p.image.device):
             dense, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4, dtype)
         assert dense is not None
         return dense
     differentiable = torch.is_grad_enabled()
-    needs = [differentiable and x.requires_grad for x in tensors]
-    options = divisor, offset, normalize, backend, needs
+    pairs = pairs_of(p, bias, divisor, backend, [differentiable and x.requires_grad for x in tensors])
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
-        loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]
+        loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*pairs)[0]
         return loss.to(dtype)
-    eager: Tensor = _Sigmoid.apply(*tensors, *options, dtype, module, p)
+    eager: Tensor = _Sigmoid.apply(*tensors, pairs[4:], dtype, module, p)
     return eager

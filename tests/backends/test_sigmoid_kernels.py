@@ -15,6 +15,7 @@ from torch import Tensor
 import fastclip
 from fastclip._backends import cuda, reference, triton
 from fastclip._backends.problem import Problem
+from fastclip.ops.sigmoid import Pairs
 from support.accuracy import counted_products, pairs
 from support.kernels import Launches
 from support.kinds import GPU, GPU_KINDS, LAYOUTS, Kind, each_kind, fp16, kept, laid_out, uneven
@@ -291,7 +292,7 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
 def test_op_passes_opcheck(kind: Kind, needs: tuple[bool, ...]) -> None:
     p, bias = problem(kind, 20, 20, 8), bias_of(kind)
     given = [x.detach().requires_grad_(need) for x, need in zip((*p[:3], bias), needs)]
-    torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, (*given, 20, 0, True, kind.backend, list(needs)))
+    torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, Pairs(*given, 20, 0, True, kind.backend, list(needs)))
 
 
 @each_kind(GPU_KINDS, few=True)

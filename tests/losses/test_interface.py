@@ -319,6 +319,18 @@ SIGMOID_ERRORS = {
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
     "reduction": (IMAGE, TEXT, {"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
+    "no bias": (IMAGE, TEXT, {"logit_bias": None}, TypeError, "logit_bias must be a number or a torch.Tensor"),
+    "one label": (IMAGE, TEXT, {"text_labels": torch.arange(4)}, ValueError, "image_labels is missing"),
+    "exclude_self": (IMAGE, TEXT, {"exclude_self": True}, ValueError, "exclude_self needs labels"),
+    "ignore_label": (IMAGE, TEXT, {"ignore_label": 0}, ValueError, "ignore_label needs image_labels and text_labels"),
+    "all ignored": (
+        IMAGE,
+        TEXT,
+        {"image_labels": torch.zeros(4).int(), "text_labels": torch.arange(4), "ignore_label": 0},
+        ValueError,
+        "no pair remains: every image label is ignore_label=0",
+    ),
+    "margin": (IMAGE, TEXT, {"negative_margin": float("nan")}, ValueError, "negative_margin must be finite or None"),
     **GROUP_ERRORS,
     "cpu float64": (IMAGE.double(), TEXT.double(), {"backend": "cpu"}, RuntimeError, "cannot serve .* not float64"),
 }

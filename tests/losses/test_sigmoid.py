@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastclip
+from fastclip.ops.sigmoid import Pairs
 from support.accuracy import counted_products, leaves, pairs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -57,7 +58,7 @@ def test_sigmoid_op_passes_opcheck(backend: str | None, dtype: torch.dtype, need
     if backend == "cpu" and dtype == torch.float64:
         backend = None  # the automatic choice serves float64 with the reference
     given = [x.detach().requires_grad_(need) for x, need in zip(problem(dtype), needs)]
-    torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, (*given, 20, 0, True, backend, list(needs)))
+    torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, Pairs(*given, 20, 0, True, backend, list(needs)))
 
 
 @pytest.mark.parametrize("offset", [-3, 0, 5, 100])
@@ -65,7 +66,7 @@ def test_sigmoid_op_passes_opcheck(backend: str | None, dtype: torch.dtype, need
 def test_sigmoid_offset_moves_the_positives(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     given = leaves(image, text, 2.0, -1.0)
-    out = torch.ops.fastclip.sigmoid_fwd(*given, 1, offset, False, backend, [True] * 4)
+    out = torch.ops.fastclip.sigmoid_fwd(*Pairs(*given, 1, offset, False, backend, [True] * 4))
     i, t, s, b = (x.detach().double().requires_grad_() for x in given)
     sign = torch.where(torch.arange(20)[:, None] + offset == torch.arange(30), 1.0, -1.0)
     loss = -torch.nn.functional.logsigmoid(sign * (s * i @ t.T + b)).sum()

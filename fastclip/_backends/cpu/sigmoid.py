@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclip._backends import reference
 from fastclip._backends.cpu import native
 from fastclip._backends.cpu.blocks import Features, Plan, normalized, threads
 from fastclip._backends.problem import Problem
@@ -17,6 +18,8 @@ def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.sigmoid_fwd`, with three products if features need gradients, else with one."""
+    if p.labels or p.limits:
+        return reference.sigmoid_fwd(p, bias, divisor, needs, dtype)
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
         M = image.shape[0]

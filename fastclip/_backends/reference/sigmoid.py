@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip._backends.problem import Problem
-from fastclip._backends.reference.matrix import diagonal, inv_norms, saved_dtype, through_norm, unit_rows, wide_dtype
+from fastclip._backends.reference.matrix import (
+    inv_norms,
+    positive_and_negatives,
+    saved_dtype,
+    through_norm,
+    unit_rows,
+    wide_dtype,
+)
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
@@ -19,19 +26,24 @@ def sigmoid_fwd(
 ) -> tuple[Tensor | None, ...]:
     """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, () in `dtype`, and its four gradients.
 
-    sign_ij is 1 at the pairs (i, i + offset) and -1 elsewhere. The gradients are those of image, text, scale and bias
-    (), with None for those that `needs` excludes. The gradients of the features have `saved_dtype`.
+    sign_ij is 1 at the positives and -1 elsewhere. A negative that exceeds the limit of its row or of its column is
+    left out of the sum, and with `exclude_self` so is the pair (i, i + offset). The gradients are those of image, text,
+    scale and bias (), with None for those that `needs` excludes. The gradients of the features have `saved_dtype`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     u, v = unit_rows(p.image, r), unit_rows(p.text, c)
     s = p.scale.to(r.dtype)
     cosine = u @ v.T
-    z = s * cosine + bias.to(r.dtype)
-    sign = torch.where(diagonal(z, p.offset), -1.0, 1.0).to(z.dtype)
-    loss = (-F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor).to(dtype)
+    z = s * cosine
+    positive, (row_negative, col_negative) = positive_and_negatives(z, p)  # limits do not include the bias
+    z = z + bias.to(r.dtype)
+    sign = torch.where(positive, -1.0, 1.0).to(z.dtype)
+    counted = positive | (row_negative & col_negative)
+    loss = -torch.where(counted, F.logsigmoid(-sign * z), 0.0).sum(dtype=wide_dtype(z.device))
+    loss = (loss / divisor).to(dtype)
     if not any(needs):
         return loss, None, None, None, None
-    g = sign * torch.sigmoid(sign * z) / divisor
+    g = torch.where(counted, sign * torch.sigmoid(sign * z), 0.0) / divisor
     return (
         loss,
         through_norm(s * (g @ v), u, r, p.normalize).to(saved_dtype(p.image)) if needs[0] else None,

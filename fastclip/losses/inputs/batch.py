@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     counts: _Pair | None  # number of positives of every row and of every column; None: one each
     counted: tuple[int | Tensor, int | Tensor]  # number of rows and of columns with a positive, on all ranks
     kept: KeptRows | None  # which rows of the caller's features these are; None: all
+    bias: Tensor | None = None  # (), added to every logit; None: the loss has none
 
 
 def prepare(
@@ -64,11 +65,12 @@ def prepare(
     negative_margin: float | None = None,
     comm: str = "gather",
     needs_positive: bool = True,
+    more_scalars: dict[str, Any] | None = None,
 ) -> Batch:
     """Check the arguments, drop ignored rows, apply autocast, let the ranks agree, and match the labels.
 
     agreed: further options that must be equal on all ranks of `group`. needs_positive: a batch without a positive pair
-    is an error.
+    is an error. more_scalars: the bias by the name of its argument, if the loss has one.
     """
     with reported(group, equal_shards, image_features):
         normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
@@ -80,14 +82,15 @@ def prepare(
         margin = check_margin(negative_margin)
         if label_smoothing and margin is not None:
             raise ValueError("negative_margin leaves pairs out that label_smoothing spreads the target over: pass one")
-        scale = scalar("logit_scale", logit_scale, image_features)
+        scalars = {"logit_scale": logit_scale, **(more_scalars or {})}
+        scalars = {name: scalar(name, x, image_features) for name, x in scalars.items()}
         kept = keep_labelled(image_labels, text_labels, ignore_label, exclude_self, group, equal_shards)
         if kept is not None:
             image_features, text_features = kept.of(image_features, text_features)
             image_labels, text_labels = kept.of(image_labels, text_labels)
-        image, text, scale = autocast_features(image_features, text_features, scale)
+        image, text, scale, *bias = autocast_features(image_features, text_features, *scalars.values())
         if group is not None:
-            check_shard(backend, image, text, scale)
+            check_shard(backend, image, text, scale, *bias)
     shards = None
     if group is not None:
         agreed = {
@@ -99,7 +102,7 @@ def prepare(
             "labels": image_labels is not None,
             "ignore_label": None if ignore_label is None else int(ignore_label),
         }
-        shards = meet(group, image, text, {"logit_scale": scale}, agreed, equal_shards)
+        shards = meet(group, image, text, dict(zip(scalars, (scale, *bias))), agreed, equal_shards)
     labels: _Pair | None = None
     counts: _Pair | None = None
     counted: tuple[int | Tensor, int | Tensor] = batch_size(image, text, shards)
@@ -108,7 +111,7 @@ def prepare(
     problem = Problem(image, text, scale, labels, exclude_self=exclude_self, normalize=normalize)
     if margin is not None:
         problem = problem._replace(limits=negative_limits(problem, margin, counts, shards, comm, backend))
-    return Batch(problem, label_smoothing, shards, counts, counted, kept)
+    return Batch(problem, label_smoothing, shards, counts, counted, kept, *bias)
 
 
 def statistics_of(batch: Batch, comm: str, backend: str | None) -> Sides:
