@@ -21,6 +21,7 @@ __all__ = [
     "FwdSide",
     "LimitedSide",
     "Matrix",
+    "PairSide",
     "TileLaunch",
     "Tiles",
     "addmm",
@@ -109,6 +110,14 @@ class LimitedSide(NamedTuple):
     limit: Tensor  # (size,) fp32, largest z2 that counts as a negative
 
 
+class PairSide(NamedTuple):
+    """Vectors of one side of a block of the sigmoid loss, if it has labels or limits."""
+
+    factor: Tensor  # (size,) fp32
+    label: Tensor | None  # (size,) int32
+    limit: Tensor | None  # (size,) fp32, largest logit without the bias that counts as a negative
+
+
 class BwdSide(NamedTuple):
     """Vectors of one side of a block, read by `Tiles.contrastive_bwd`; the last three are present with labels only."""
 
@@ -163,9 +172,13 @@ CONFIGS = {
     ("distill_bwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
     ("distill_bwd", "other", "fp32", False): Config(128, 64, 32, 8, 3),
     ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3, SPLIT=4),
+    ("sigmoid_fwd", "hopper", "fp16", True): Config(128, 64, 64, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("sigmoid_fwd", "hopper", "fp32", True): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "other", "fp16", False): Config(128, 64, 32, 8, 3, SPLIT=2),
+    ("sigmoid_fwd", "other", "fp16", True): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "other", "fp32", False): Config(128, 64, 32, 8, 3, SPLIT=2),
+    ("sigmoid_fwd", "other", "fp32", True): Config(128, 64, 32, 8, 3, SPLIT=2),
 }
 
 

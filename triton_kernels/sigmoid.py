@@ -3,7 +3,7 @@
 The weight of a pair depends on no sum over other pairs, so the forward can store weights right away. Its steps are the
 norms with the diagonal pairs, the tiles, two products, and a finish that adds up the scalars. The backward multiplies
 the gradients by the upstream gradient. The same code serves N pairs of one process and M images of a rank with the N
-texts of all ranks.
+texts of all ranks, and labels and limits besides.
 
 As in `plain.py`, a `Sequence` replays the launches of a signature from addresses. `w` and `wide` are the start of the
 workspace as fp32 and as fp64, tensors on the first call and integers later. `base + n` is n bytes further.
@@ -27,7 +27,7 @@ from fastclip.triton_kernels.gradients import (
     block_size,
     finish_programs,
 )
-from fastclip.triton_kernels.launch import Matrix, TileLaunch, Tiles, chunks, with_rows
+from fastclip.triton_kernels.launch import Matrix, PairSide, TileLaunch, Tiles, chunks, with_rows
 from fastclip.triton_kernels.planning import cut, plan_of, remember
 from fastclip.triton_kernels.sequence import Base, Sequence
 from fastclip.triton_kernels.sigmoid_bwd import sigmoid_bwd_kernel
@@ -48,6 +48,7 @@ __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 _PLANES = 4  # planes of each side's vectors
 _PARTS = 2048  # partial sums added per step
 _PRODUCT = {"BLOCK": 2048}  # elements per program of the backward
+_Sides = tuple[Tensor, Tensor]  # vectors of the images (M,) and of the texts (N,)
 
 
 class _Plan:
@@ -61,7 +62,10 @@ class _Plan:
         needs: tuple[bool, ...],
         dtype: torch.dtype,  # of the loss; unused here, but the finish is compiled for it, so it is in the signature
         tiles: Tiles | None = None,
+        flags: tuple[bool, bool, bool] = (False, False, False),  # labels, exclude_self, limits
     ) -> None:
+        self.labels, exclude_self, limits = flags
+        self.beside = self.labels or limits  # the tiles read labels or limits
         self.M, self.N, self.D = M, N, D = image.shape[0], text.shape[0], image.shape[1]
         self.weighs = any(needs)
         self.strides = image.stride(0), text.stride(0)
@@ -70,14 +74,16 @@ class _Plan:
         self.product_strides = (self.width, self.width) if self.copy else self.strides
         self.row_programs, self.col_programs = (ceil_div(size, NORMS["BLOCK"]) for size in (M, N))
         half = image.dtype is torch.float16
-        self.bound = half and not normalize
+        self.bound = half and not normalize and not self.labels
         self.norms = {"NORMALIZE": normalize, "COPY": self.copy, "HALF": half, "BOUND": self.bound, **NORMS}
+        self.norms["LABELS"] = self.labels
         # Blocks whose weights fit into the workspace. Without gradients no weights are stored: one block is enough.
         block_m, self.block_n = block_size(image, M, N, D) if self.weighs else (M, N)
         self.rows, self.columns = chunks(M, block_m), chunks(N, self.block_n)
         self.block_m = min(block_m, M)  # rows of a product
         tile = tiles.config("sigmoid_fwd", self.block_m, min(self.block_n, N), False) if tiles else None
-        self.tile = TileLaunch(sigmoid_fwd_kernel, image, self.width, {"GRADIENTS": self.weighs}, tile)
+        of_tile = {"GRADIENTS": self.weighs, "LABELS": self.labels, "EXCLUDE_SELF": exclude_self, "LIMITS": limits}
+        self.tile = TileLaunch(sigmoid_fwd_kernel, image, self.width, of_tile, tile)
         if not self.weighs:
             block_m = self.block_n = ALIGNMENT  # shape of a dummy argument that no kernel writes
         self.tile_parts = sum(self.tile.tiles(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns)
@@ -85,7 +91,7 @@ class _Plan:
         self.work = self._cut(image.element_size(), block_m, needs)
         # Only a problem of one block is replayed. With several, arguments differ from launch to launch, and the GPU is
         # busy long enough to hide the host's work.
-        self.whole = len(self.rows) == len(self.columns) == 1 and tiles is None
+        self.whole = len(self.rows) == len(self.columns) == 1 and tiles is None and not self.beside
         self.sequence = Sequence(self.whole)
 
     def _cut(self, size: int, block_m: int, needs: tuple[bool, ...]) -> SimpleNamespace:
@@ -121,8 +127,19 @@ class _Step(NamedTuple):
     y: Tensor  # (N, width)
     bias: Tensor
     offset: int
+    labels: _Sides | None
+    limits: _Sides | None
     w: Any  # the workspace: its address, or a `Base` of fp32
     wide: Any  # the workspace: its address, or a `Base` of fp64
+
+    def diagonal(self) -> int:
+        """Return the offset of the pairs that norms and finish compute: with labels there are none."""
+        return self.plan.N if self.plan.labels else self.offset
+
+    def beside(self, factor: Any, side: int, first: int, last: int) -> PairSide:
+        """Return the vectors of elements `first` to last - 1 of the images (side 0) or texts (side 1) of a block."""
+        label, limit = (None if x is None else x[side][first:last] for x in (self.labels, self.limits))
+        return PairSide(factor, label, limit)
 
 
 def _start_norms(step: _Step, image: Tensor, text: Tensor, scale: Tensor) -> None:
@@ -134,7 +151,7 @@ def _start_norms(step: _Step, image: Tensor, text: Tensor, scale: Tensor) -> Non
         matrices = [Matrix(*pair) for pair in matrices]
     programs, constants, top = plan.row_programs + plan.col_programs, w + at.constants, w + at.top
     arguments: tuple[Any, ...] = *matrices[:2], scale, bias, constants, w + at.row_vec, w + at.col_vec, top
-    arguments = *arguments, step.wide + (at.part + 8 * plan.tile_parts), plan.parts, M, N, D, step.offset
+    arguments = *arguments, step.wide + (at.part + 8 * plan.tile_parts), plan.parts, M, N, D, step.diagonal()
     start(sigmoid_norms_kernel, programs, arguments, plan.norms)
     if plan.bound:
         arguments = top, constants, scale, bias, plan.row_programs, plan.col_programs
@@ -151,7 +168,10 @@ def _start_pairs(
     """Start the kernel of a block, which computes weights and partial sums. `done` tiles precede the block."""
     plan, w, (i0, i1), (j0, j1) = step.plan, step.w, rows, columns
     at, tile, shape, offset = plan.work, plan.tile, (i1 - i0, j1 - j0), step.offset + i0 - j0
-    vectors = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0), w + at.constants  # FACTOR is the first plane
+    row, col = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0)  # FACTOR is the first plane
+    if plan.beside:
+        row, col = step.beside(row, 0, i0, i1), step.beside(col, 1, j0, j1)
+    vectors = row, col, w + at.constants
     if tiles is not None:
         parts = (step.wide + at.part)[: 3 * plan.parts].view(3, -1)[:, done:]
         weights = block if plan.weighs else None
@@ -200,7 +220,7 @@ def _start_blocks(
         count, texts = 0 if d_image is None else i1 - i0, N if d_text is not None and last else 0
         if count or texts or last:
             arguments: tuple[Any, ...] = row, col, w + at.constants, step.wide + at.part, loss, grads
-            arguments = *arguments, plan.tile_parts, plan.parts, divisor, i0, count, M, N, D, step.offset
+            arguments = *arguments, plan.tile_parts, plan.parts, divisor, i0, count, M, N, D, step.diagonal()
             options = {"SUMS": last, "SCALARS": last and grads is not loss, **FINISH, "PARTS": _PARTS}
             step.start(sigmoid_finish_kernel, (finish_programs, (last, count, texts)), arguments, options)
 
@@ -217,6 +237,9 @@ def sigmoid_fwd(
     saved_dtype: torch.dtype,
     dtype: torch.dtype,
     tiles: Tiles | None = None,
+    labels: _Sides | None = None,
+    exclude_self: bool = False,
+    limits: _Sides | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the sigmoid loss and the gradients of image, text, scale and bias, each None if `needs` is False for it.
 
@@ -225,11 +248,14 @@ def sigmoid_fwd(
 
     It takes 6 M N D operations with gradients and 2 M N D without. It needs three launches and two library products,
     and the host never waits. Float16 features that are not normalised need one more launch, and so do rows that must be
-    copied. tiles: kernels that compute the pairs in place of `sigmoid_fwd_kernel`.
+    copied. tiles: kernels that compute the pairs in place of `sigmoid_fwd_kernel`, without labels and limits.
     """
     needs_image, needs_text, needs_scale, needs_bias = needs = tuple(needs)
+    labels, limits = labels and _contiguous(labels, torch.int32), limits and _contiguous(limits, torch.float32)
     if tiles is None:
-        about = normalize, needs, dtype
+        about: tuple[Any, ...] = normalize, needs, dtype
+        if labels or limits:
+            about = *about, None, (labels is not None, exclude_self, limits is not None)
         plan, image, text = plan_of(_Plan, image, text, scale, about, env.workspace_bytes("cuda"))
     else:
         image, text = with_rows(image), with_rows(text)
@@ -252,13 +278,18 @@ def sigmoid_fwd(
         w = wide = work.data_ptr()
     else:
         w, wide = Base(work.view(torch.float32)), Base(work.view(torch.float64))
-    step = _Step(plan, start, known, x, y, bias, offset, w, wide)
+    step = _Step(plan, start, known, x, y, bias, offset, labels, limits, w, wide)
     _start_norms(step, image, text, scale)
     _start_blocks(step, work, d_image, d_text, loss, grads, divisor, tiles)
     if not known:
         plan.sequence.keep(start)
     d_scale, d_bias = grads[0] if needs_scale else None, grads[1] if needs_bias else None
     return loss, d_image, d_text, d_scale, d_bias
+
+
+def _contiguous(sides: _Sides, dtype: torch.dtype) -> _Sides:
+    image, text = sides
+    return image.to(dtype).contiguous(), text.to(dtype).contiguous()
 
 
 def _multiplying(image_size: int, text_size: int, scalars: bool) -> int:

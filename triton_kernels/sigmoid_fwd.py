@@ -1,8 +1,9 @@
 """Kernels of the sigmoid loss's forward: norms with the diagonal pairs, tiles, and a finish with the scalar sums.
 
 The weight of a pair is sigmoid(x) and depends on no sum over other pairs, so one pass over the logits computes the loss
-and the weights of all gradients. The diagonal pairs, the only positives, are computed apart in fp64 and added by the
-finish: they have the largest weights of a row, which would lose the most if they were rounded to 16 bits.
+and the weights of all gradients. Without labels the diagonal pairs, the only positives, are computed apart in fp64 and
+added by the finish: they have the largest weights of a row, which would lose the most if they were rounded to 16 bits.
+With labels the tiles compute the positives, and no pair is on the diagonal of the norms and of the finish.
 
 M, N and D are the numbers of images, texts and features. i and j index images (rows) and texts (columns).
 """
@@ -15,6 +16,7 @@ from fastclip.triton_kernels.features import bound_of, high_bit, inverse_norm, p
 from fastclip.triton_kernels.gradients import DIAGONAL, finish_rows, in_two, store_side, total_of
 from fastclip.triton_kernels.tile import (
     GAIN,
+    INF,
     LOG2E,
     SCALE,
     dot_tile,
@@ -50,7 +52,7 @@ def _store_constants(constants_ptr, scale, bound, bias, HALF: tl.constexpr):
     """Store SCALE and GAIN, the power of two that stored weights are multiplied by; 1 unless the features are fp16.
 
     gain |G| < 2^13 follows from the bound on the logits. Without a gain the tiny weights of a solved batch would flush
-    to zero in fp16.
+    to zero in fp16. An infinite bound stands for weights of up to 1, those of positives.
     """
     tl.store(constants_ptr + SCALE, scale)
     gain = tl.full((), 1.0, tl.float64)
@@ -107,6 +109,7 @@ def sigmoid_norms_kernel(
     BOUND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LABELS: tl.constexpr = False,  # the tiles have positives; `offset` is then beyond the texts
 ):
     """Vectors of all rows, and the diagonal pairs' partial sums of loss, d_scale and d_bias.
 
@@ -139,7 +142,8 @@ def sigmoid_norms_kernel(
     if BOUND:
         tl.store(top_ptr + block, top)
     elif block == 0:
-        _store_constants(constants_ptr, scale, tl.abs(scale), bias, HALF)
+        bound = tl.full((), INF, tl.float32) if LABELS else tl.abs(scale)
+        _store_constants(constants_ptr, scale, bound, bias, HALF)
 
 
 @triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "rows", "cols"])
@@ -155,8 +159,8 @@ def sigmoid_bound_kernel(top_ptr, constants_ptr, scale_ptr, bias_ptr, rows, cols
 
 @triton.jit
 def _pairs(
-    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
+    dot, row, col, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, LIMITS: tl.constexpr,
 ):  # fmt: skip
     """Store the weights of a part of a tile that starts at column j0; return loss, d_scale and d_bias per row.
 
@@ -164,18 +168,36 @@ def _pairs(
     """
     i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
     i0, M, N = tile.i0, tile.M, tile.N
-    row_factor = load_vector(row_vec_ptr, i0, i, M)
-    col_factor = load_vector(col_vec_ptr, j0, j, N)[None, :]
+    if LABELS or LIMITS:
+        row_factor, col_factor = load_vector(row.factor, i0, i, M), load_vector(col.factor, j0, j, N)[None, :]
+    else:
+        row_factor, col_factor = load_vector(row, i0, i, M), load_vector(col, j0, j, N)[None, :]
     scale = tl.load(constants_ptr + SCALE).to(tl.float64)
     row_scale = (row_factor.to(tl.float64) * scale).to(tl.float32)[:, None]
-    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (on_diagonal(i, j, i0, j0, tile.offset) == 0)
+    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :]
+    if EXCLUDE_SELF or not LABELS:
+        inside = inside & (on_diagonal(i, j, i0, j0, tile.offset) == 0)
+    if LABELS:
+        positive = load_vector(row.label, i0, i, M)[:, None] == load_vector(col.label, j0, j, N)[None, :]
     x = dot * col_factor
+    if LIMITS:  # NaN is not above a limit and stays
+        above = x * row_scale > load_vector(row.limit, i0, i, M)[:, None]
+        above = above | (x * row_scale > load_vector(col.limit, j0, j, N)[None, :])
+        if LABELS:
+            above = above & (positive == 0)
+        inside = inside & (above == 0)
     bias = tl.full(x.shape, 0.0, tl.float32) + tl.load(bias_ptr).to(tl.float32)
     x = tl.fma(x, tl.broadcast_to(row_scale, x.shape), bias)
+    least = tl.zeros_like(x)
+    if LABELS:
+        x = tl.where(positive, -x, x)
+        least = 0.0 * x  # NaN if the logit of a positive overflowed, whose loss would be 0
     t = tl.exp2(-tl.abs(x) * LOG2E)
-    loss = tl.sum(tl.where(inside, tl.where(x > 0, x, 0.0) + _log1p_of_small(t), 0.0), 1)
+    loss = tl.sum(tl.where(inside, tl.where(x > 0, x, least) + _log1p_of_small(t), 0.0), 1)
     if GRADIENTS:
         g = tl.where(inside, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
+        if LABELS:
+            g = tl.where(positive, -g, g)
         d_bias = tl.sum(g, 1)
         g *= (row_factor * tl.load(constants_ptr + GAIN))[:, None] * col_factor
         store_tile(weights, i0, j0, g, DESCRIPTOR)
@@ -186,23 +208,24 @@ def _pairs(
 
 @triton.jit
 def _pairs_split(
-    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, SPLIT: tl.constexpr,
+    dot, row, col, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, LIMITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Run `_pairs` on SPLIT column parts, one after the other, so that only one part's temporaries occupy registers."""
     if SPLIT == 1:
         return _pairs(
-            dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS, DESCRIPTOR
+            dot, row, col, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS, DESCRIPTOR,
+            LABELS, EXCLUDE_SELF, LIMITS,
         )  # fmt: skip
     else:
         left, right = halves(dot)
         loss, d_scale, d_bias = _pairs_split(
-            left, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0,
-            GRADIENTS, DESCRIPTOR, SPLIT // 2,
+            left, row, col, constants_ptr, bias_ptr, weights, tile, j0,
+            GRADIENTS, DESCRIPTOR, LABELS, EXCLUDE_SELF, LIMITS, SPLIT // 2,
         )  # fmt: skip
         more_loss, more_d_scale, more_d_bias = _pairs_split(
-            right, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0 + dot.shape[1] // 2,
-            GRADIENTS, DESCRIPTOR, SPLIT // 2,
+            right, row, col, constants_ptr, bias_ptr, weights, tile, j0 + dot.shape[1] // 2,
+            GRADIENTS, DESCRIPTOR, LABELS, EXCLUDE_SELF, LIMITS, SPLIT // 2,
         )  # fmt: skip
         return loss + more_loss, d_scale + more_d_scale, d_bias + more_d_bias
 
@@ -211,8 +234,8 @@ def _pairs_split(
 def sigmoid_fwd_kernel(
     image,  # (M, D), a `Matrix` or a tensor descriptor
     text,  # (N, D)
-    row_vec_ptr,  # (M,) fp32: the plane FACTOR
-    col_vec_ptr,  # (N,) fp32
+    row,  # (M,) fp32: the plane FACTOR; with LABELS or LIMITS a `PairSide`
+    col,  # (N,) fp32, or a `PairSide`
     constants_ptr,
     bias_ptr,
     weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
@@ -224,6 +247,9 @@ def sigmoid_fwd_kernel(
     offset,
     GRADIENTS: tl.constexpr,
     CONFIG: tl.constexpr,
+    LABELS: tl.constexpr = False,
+    EXCLUDE_SELF: tl.constexpr = False,
+    LIMITS: tl.constexpr = False,
 ):
     """Losses of a block of pairs, and the weights r_i G_ij c_j of their gradients. The logits are never stored.
 
@@ -231,6 +257,8 @@ def sigmoid_fwd_kernel(
               loss = max(x, 0) + log1p(t)
               G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t), stored times the gain
               diagonal pairs contribute 0 here, because the norms kernel and the finish add them
+              with LABELS x is negated for positives, and so is G, and diagonal pairs are left out with EXCLUDE_SELF
+              with LIMITS a negative with x - b above the limit of its row or of its column is left out
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
     Traffic   reads image once per tile column and text once per tile row, writes the weights once
     Precision products in the input dtype, all else in fp32, weights rounded once to the dtype of the features
@@ -241,8 +269,8 @@ def sigmoid_fwd_kernel(
     tile = tile_at(number, M, N, offset, CONFIG)
     dot = dot_tile(image, text, tile, D, CONFIG)
     loss, d_scale, d_bias = _pairs_split(
-        dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, tile.j0,
-        GRADIENTS, CONFIG.DESCRIPTOR, CONFIG.SPLIT,
+        dot, row, col, constants_ptr, bias_ptr, weights, tile, tile.j0,
+        GRADIENTS, CONFIG.DESCRIPTOR, LABELS, EXCLUDE_SELF, LIMITS, CONFIG.SPLIT,
     )  # fmt: skip
     plane = parts.to(tl.int64)
     tl.store(part_ptr + number, tl.sum(loss, 0).to(tl.float64))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends import reference
 from fastclip._backends.problem import (
     FUSED_DTYPES,
     Problem,
@@ -174,10 +173,8 @@ def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype, tiles: Any = None
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.sigmoid_fwd`. `tiles` replaces Triton's tile kernels."""
-    if p.labels or p.limits:
-        return reference.sigmoid_fwd(p, bias, divisor, needs, dtype)
     options = p.offset, p.normalize, divisor, needs, saved_dtype(p.image), dtype, tiles
-    return _sigmoid().sigmoid_fwd(p.image, p.text, p.scale, bias, *options)
+    return _sigmoid().sigmoid_fwd(p.image, p.text, p.scale, bias, *options, p.labels, p.exclude_self, p.limits)
 
 
 @_on_device
