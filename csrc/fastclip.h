@@ -86,6 +86,16 @@ typedef struct fastclip_bwd_side {
   const float* d_pos_lse;  /* dL / d pos_lse; NULL without labels */
 } fastclip_bwd_side;
 
+typedef struct fastclip_sigmoid {
+  const float *image_inv_norm, *text_inv_norm; /* all r_i and all c_j; both are NULL if these are 1 */
+  double scale;
+  float bias;
+  const int32_t *image_label, *text_label; /* NULL on both sides when there are no labels */
+  /* A negative is left out if its z - bias exceeds the limit of its image or of its text. NULL on both sides if there
+   * are no limits. */
+  const float *image_limit, *text_limit;
+} fastclip_sigmoid;
+
 typedef struct fastclip_sigmoid_sums {
   double loss;    /* sum_ij softplus(x_ij), where x_ij is -z_ij at the positives and z_ij at the negatives */
   double d_scale; /* sum_ij r_i G_ij c_j dot_ij */
@@ -100,12 +110,11 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
 int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
                                  const fastclip_bwd_side* text, double* d_scale, int num_threads);
 
-/* Add one block of the sigmoid loss to *sums, with z_ij = dot_ij scale r_i c_j + bias in natural units. The positive of
- * row i is column i + offset. With `gradients` the block is overwritten with r_i G_ij c_j. Otherwise the block is not
- * changed and only sums->loss is valid. image_inv_norm, text_inv_norm: all r_i and all c_j; both are NULL if these are
- * 1. */
-int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
-                             double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads);
+/* Add one block of the sigmoid loss to *sums, with z_ij = dot_ij scale r_i c_j + bias in natural units. Without labels
+ * the positive of row i is column i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, which is 0 for
+ * pairs that are left out. Otherwise the block is not changed and only sums->loss is valid. */
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid* sigmoid, int gradients,
+                             fastclip_sigmoid_sums* sums, int num_threads);
 
 /* The loss of the rows alone, image -> text. */
 typedef struct fastclip_direction {

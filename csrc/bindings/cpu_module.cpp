@@ -116,13 +116,22 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "sigmoid_fwd",  // returns (loss, d_scale, d_bias) of the block
-      [](uintptr_t image_inv_norm, uintptr_t text_inv_norm, double scale, float bias, bool gradients, int64_t offset,
-         uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int num_threads) {
-        const fastclip_block block = block_at(dot, row_stride, M, N, i0, j0, offset);
+      [](uintptr_t image_inv_norm, uintptr_t text_inv_norm, double scale, float bias, uintptr_t image_label,
+         uintptr_t text_label, uintptr_t image_limit, uintptr_t text_limit, bool gradients, int64_t offset,
+         bool exclude_self, uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
+         int num_threads) {
+        fastclip_block block = block_at(dot, row_stride, M, N, i0, j0, offset);
+        block.exclude_self = exclude_self;
+        const fastclip_sigmoid sigmoid{pointer<const float>(image_inv_norm),
+                                       pointer<const float>(text_inv_norm),
+                                       scale,
+                                       bias,
+                                       pointer<const int32_t>(image_label),
+                                       pointer<const int32_t>(text_label),
+                                       pointer<const float>(image_limit),
+                                       pointer<const float>(text_limit)};
         fastclip_sigmoid_sums sums{};
-        check(fastclip_cpu_sigmoid_fwd(&block, pointer<const float>(image_inv_norm),
-                                       pointer<const float>(text_inv_norm), scale, bias, gradients, &sums,
-                                       num_threads));
+        check(fastclip_cpu_sigmoid_fwd(&block, &sigmoid, gradients, &sums, num_threads));
         return std::array<double, 3>{sums.loss, sums.d_scale, sums.d_bias};
       },
       py::call_guard<py::gil_scoped_release>());

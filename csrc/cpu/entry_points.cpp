@@ -135,20 +135,23 @@ BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
           at(s.neg),    at(s.d_neg),      at(s.d_pos),    at(s.pos_lse), at(s.d_pos_lse)};
 }
 
-void sigmoid_fwd(const fastclip_block& b, const float* image_inv_norm, const float* text_inv_norm, double scale,
-                 float bias, bool gradients, fastclip_sigmoid_sums* sums, int num_threads) {
+void sigmoid_fwd(const fastclip_block& b, const fastclip_sigmoid& s, bool gradients, fastclip_sigmoid_sums* sums,
+                 int num_threads) {
   const TileKernels& kernels = *selected_kernels().load();
   const Grid grid(b);
   std::vector<SigmoidSums> parts(static_cast<size_t>(grid.size()));
   std::vector<float> factor(static_cast<size_t>(b.M)), factor_low(factor), ones;
-  if (image_inv_norm == nullptr) ones.assign(static_cast<size_t>(std::max(b.M, b.N)), 1.0f);
-  const float* r = image_inv_norm == nullptr ? ones.data() : image_inv_norm + b.i0;
-  const float* c = image_inv_norm == nullptr ? ones.data() : text_inv_norm + b.j0;
-  scaled_factors(r, scale, b.M, factor.data(), factor_low.data());
+  if (s.image_inv_norm == nullptr) ones.assign(static_cast<size_t>(std::max(b.M, b.N)), 1.0f);
+  const float* r = s.image_inv_norm == nullptr ? ones.data() : s.image_inv_norm + b.i0;
+  const float* c = s.image_inv_norm == nullptr ? ones.data() : s.text_inv_norm + b.j0;
+  scaled_factors(r, s.scale, b.M, factor.data(), factor_low.data());
+  const auto at = [](auto* p, int64_t k) { return p == nullptr ? nullptr : p + k; };
   auto tile = [&](int64_t index) {
     const int64_t i = index / grid.N * kTileM, j = index % grid.N * kTileN;
-    const SigmoidSide image{factor.data() + i, factor_low.data() + i, r + i}, text{c + j, nullptr, c + j};
-    parts[index] = kernels.sigmoid(tile_at(b, i, j), image, text, bias, gradients);
+    const SigmoidSide image{factor.data() + i, factor_low.data() + i, r + i, at(s.image_label, b.i0 + i),
+                            at(s.image_limit, b.i0 + i)};
+    const SigmoidSide text{c + j, nullptr, c + j, at(s.text_label, b.j0 + j), at(s.text_limit, b.j0 + j)};
+    parts[index] = kernels.sigmoid(tile_at(b, i, j), image, text, s.bias, gradients);
   };
   parallel_for(grid.size(), num_threads, tile);
   for (const SigmoidSums& part : parts)
@@ -256,13 +259,14 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
   return fastclip::guarded([&] { *d_scale = fastclip::bwd(*block, *image, *text, num_threads); });
 }
 
-int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
-                             double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads) {
-  if (!fastclip::valid(block) || sums == nullptr || (image_inv_norm == nullptr) != (text_inv_norm == nullptr))
-    return FASTCLIP_INVALID_ARGUMENT;
-  return fastclip::guarded([&] {
-    fastclip::sigmoid_fwd(*block, image_inv_norm, text_inv_norm, scale, bias, gradients != 0, sums, num_threads);
-  });
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid* sigmoid, int gradients,
+                             fastclip_sigmoid_sums* sums, int num_threads) {
+  if (!fastclip::valid(block) || sigmoid == nullptr || sums == nullptr) return FASTCLIP_INVALID_ARGUMENT;
+  const fastclip_sigmoid& s = *sigmoid;
+  if ((s.image_inv_norm == nullptr) != (s.text_inv_norm == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  if ((s.image_label == nullptr) != (s.text_label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  if ((s.image_limit == nullptr) != (s.text_limit == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  return fastclip::guarded([&] { fastclip::sigmoid_fwd(*block, s, gradients != 0, sums, num_threads); });
 }
 
 int fastclip_cpu_direction(const fastclip_block* block, const fastclip_direction* direction,

@@ -56,6 +56,8 @@ struct SigmoidSide {
   const float* factor;      // inverse norm, for images times scale
   const float* factor_low;  // images: rounding error of factor
   const float* inv_norm;    // r_i or c_j, 1 if the features are not normalised
+  const int32_t* label;     // null without labels
+  const float* limit;       // null without limits, which do not include the bias
 };
 
 struct SigmoidSums {

@@ -169,6 +169,8 @@ inline Simd::Mask for_row(Simd::Mask kept) { return kept; }
 inline Simd::Mask for_col(Simd::Mask kept) { return kept; }
 inline Simd::Mask for_row(const Kept& kept) { return kept.row; }
 inline Simd::Mask for_col(const Kept& kept) { return kept.col; }
+inline Simd::Mask for_both(Simd::Mask kept) { return kept; }
+inline Simd::Mask for_both(const Kept& kept) { return Simd::and_not(kept.row, Simd::and_not(kept.row, kept.col)); }
 
 // Apply a policy of row i: one mask if rows and columns keep the same logits, else a `Kept`. Every pass compares the
 // same rounded z with the limits, so that all passes keep the same logits.

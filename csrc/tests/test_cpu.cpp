@@ -10,6 +10,7 @@
 #include "direction.h"
 #include "loss.h"
 #include "resize.h"
+#include "sigmoid.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -122,70 +123,17 @@ void nan_and_infinity_stay() {
   });
 }
 
-// The sigmoid loss of one block.
-struct SigmoidRun {
-  Matrix dot, out;
-  std::vector<float> row_norm, col_norm;
-  double scale, bias;
-  int64_t offset;
-  fastclip_sigmoid_sums sums{};
-
-  SigmoidRun(int64_t M, int64_t N, double scale, double bias, int64_t offset)
-      : dot(M, N), out(dot), scale(scale), bias(bias), offset(offset) {
-    Random random;
-    for (int64_t i = 0; i < M; ++i) {
-      for (int64_t j = 0; j < N; ++j) dot.at(i, j) = static_cast<float>(random.uniform(-1.0, 1.0));
-      row_norm.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
-    }
-    for (int64_t j = 0; j < N; ++j) col_norm.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
-    for (auto* x : {&row_norm, &col_norm}) x->shrink_to_fit();
-  }
-
-  void run(bool gradients, int threads) {
-    out = dot;
-    sums = {};
-    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, 0, nullptr};
-    const int status = fastclip_cpu_sigmoid_fwd(&block, row_norm.data(), col_norm.data(), scale,
-                                                static_cast<float>(bias), gradients, &sums, threads);
-    CHECK(status == FASTCLIP_OK, "status %d", status);
-    out.check_gaps();
-  }
-
-  void check(double scale) {
-    run(true, 2);
-    double loss = 0.0, d_scale = 0.0, d_scale_sum = 0.0, d_bias = 0.0, d_bias_sum = 0.0;
-    const double tolerance = 2e-6 + 2e-7 * (scale + std::fabs(bias));
-    for (int64_t i = 0; i < dot.M; ++i)
-      for (int64_t j = 0; j < dot.N; ++j) {
-        const double z = dot.at(i, j) * (scale * row_norm[i]) * col_norm[j] + bias;
-        const double x = i + offset == j ? -z : z, t = std::exp(-std::fabs(x));
-        const double g = (i + offset == j ? -1.0 : 1.0) * (x >= 0 ? 1.0 : t) / (1.0 + t);
-        const double weight = g * row_norm[i] * col_norm[j];
-        loss += std::max(x, 0.0) + std::log1p(t);
-        d_scale += weight * dot.at(i, j), d_scale_sum += std::fabs(weight * dot.at(i, j));
-        d_bias += g, d_bias_sum += std::fabs(g);
-        CHECK(std::fabs(out.at(i, j) - weight) <= tolerance * std::fabs(weight) + 1e-29,
-              "weight (%lld, %lld): %.9g, expected %.9g", static_cast<long long>(i), static_cast<long long>(j),
-              out.at(i, j), weight);
-      }
-    const double relative = std::min(tolerance, 1e-5);
-    CHECK(std::fabs(sums.loss - loss) <= relative * loss, "loss %.12g, expected %.12g", sums.loss, loss);
-    CHECK(std::fabs(sums.d_scale - d_scale) <= tolerance * d_scale_sum, "d_scale %.9g %.9g", sums.d_scale, d_scale);
-    CHECK(std::fabs(sums.d_bias - d_bias) <= tolerance * d_bias_sum, "d_bias %.9g %.9g", sums.d_bias, d_bias);
-
-    const double with_gradients = sums.loss;
-    run(false, 3);
-    CHECK(sums.loss == with_gradients, "loss %.17g without gradients, %.17g with", sums.loss, with_gradients);
-    CHECK(out.data == dot.data, "the block was changed without gradients");
-  }
-};
-
 void sigmoid() {
   for_each_isa([] {
     for (const auto& [M, N] : kShapes) SigmoidRun(M, N, 10.0, -10.0, 0).check(10.0);
     SigmoidRun(66, 530, 5.0, -45.0, 3).check(5.0);  // losses of 1e-18 at negatives and 45 at positives
     SigmoidRun(66, 530, 5.0, 45.0, 10000).check(5.0);
     SigmoidRun(66, 530, 10.0, 0.0, -5).check(10.0);
+    for (const auto& [M, N] : kShapes) {
+      SigmoidRun(M, N, 10.0, -4.0, 0).with_limits().check(10.0);
+      SigmoidRun(M, N, 10.0, -4.0, 0).with_labels(false).check(10.0);
+      SigmoidRun(M, N, 10.0, -4.0, 1).with_labels(true).with_limits().check(10.0);
+    }
   });
   SigmoidRun first(300, 1100, 10.0, -9.0, 0);
   first.run(true, 1);
@@ -313,8 +261,15 @@ void invalid_arguments() {
   CHECK(fastclip_cpu_contrastive_bwd(&good, &b_image, &b_text, nullptr, 1) == kInvalid, "no d_scale");
   fastclip_sigmoid_sums sums{};
   float x[4] = {};
-  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, x, 1.0, 0.0f, 1, &sums, 1) == kInvalid, "norms on one side");
-  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, nullptr, 1.0, 0.0f, 1, nullptr, 1) == kInvalid, "no sums");
+  const int32_t y[4] = {};
+  const fastclip_sigmoid plain{nullptr, nullptr, 1.0, 0.0f, nullptr, nullptr, nullptr, nullptr};
+  fastclip_sigmoid one_norm = plain, one_label = plain, one_limit = plain;
+  one_norm.text_inv_norm = x, one_label.image_label = y, one_limit.text_limit = x;
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, &one_norm, 1, &sums, 1) == kInvalid, "norms on one side");
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, &one_label, 1, &sums, 1) == kInvalid, "labels on one side");
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, &one_limit, 1, &sums, 1) == kInvalid, "limits on one side");
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, &plain, 1, nullptr, 1) == kInvalid, "no sums");
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, 1, &sums, 1) == kInvalid, "no problem");
   std::vector<double> saved(FASTCLIP_LOSS_HEADER + 5 * FASTCLIP_LOSS_ROW);
   const fastclip_loss loss{4, 0, 1.0, 0.5, saved.data()};
   double value = 0.0;

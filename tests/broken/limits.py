@@ -44,4 +44,47 @@ PROMISES = [
             ),
         ],
     ),
+    Promise(
+        NUMBERS,
+        "The sigmoid loss with labels, ignored rows and `negative_margin` is that of the remaining pairs; so on "
+        "several processes",
+        tests=[
+            "losses/test_sigmoid_labels.py::test_loss_is_that_of_the_formula",
+            "losses/test_sigmoid_labels.py::test_every_instruction_set_has_the_same_pairs",
+            "losses/test_sigmoid_labels.py::test_a_tie_stays_a_negative",
+            "losses/test_sigmoid_labels.py::test_ranks_have_the_loss_of_one_process",
+        ],
+        breaks=[
+            Break(
+                "sigmoid: either limit is enough to keep a pair",
+                "fastclip/_backends/reference/sigmoid.py",
+                old="(row_negative & col_negative)",
+                new="(row_negative | col_negative)",
+            ),
+            Break(
+                "sigmoid: the limit of the column is forgotten on a CPU",
+                "csrc/cpu/tile_common.h",
+                old="return Simd::and_not(kept.row, Simd::and_not(kept.row, kept.col));",
+                new="return kept.row;",
+            ),
+            Break(
+                "sigmoid: the limit of the column is forgotten in Triton",
+                "triton_kernels/sigmoid_fwd.py",
+                old="above = above | (x",
+                new="above = above & (x",
+            ),
+            Break(
+                "sigmoid: the mean counts ignored images",
+                "fastclip/losses/sigmoid.py",
+                old="images, _ = batch_size(p.image, p.text, shards)",
+                new="images = len(batch.kept.images) + 1 if batch.kept else batch_size(p.image, p.text, shards)[0]",
+            ),
+            Break(
+                "sigmoid: a ring's blocks have no labels",
+                "fastclip/distributed/ring_losses.py",
+                old="block, pairs.problem())",
+                new="block, pairs.problem()._replace(labels=None))",
+            ),
+        ],
+    ),
 ]

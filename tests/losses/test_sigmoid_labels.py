@@ -17,7 +17,7 @@ from fastclip._backends.cpu import native
 from fastclip.losses.inputs.ties import TIE
 from fastclip.ops.sigmoid import Pairs
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS, SCALE_GRADIENT
-from support.accuracy import leaves, pairs, poisoned, random_labels, unit_roundoff
+from support.accuracy import counted_products, leaves, pairs, poisoned, random_labels, unit_roundoff
 from support.kinds import DEVICE, GPU
 from support.processes import ended, forked, forks, join_group
 
@@ -241,6 +241,17 @@ def test_compiles_whole(name: str) -> None:
     torch.testing.assert_close(compiled(*given), loss(*given), rtol=1e-6, atol=0)
     for a, b in zip(torch.autograd.grad(compiled(*given), given), torch.autograd.grad(loss(*given), given)):
         torch.testing.assert_close(a, b)
+
+
+def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels take no product more than pairs, and limits of labels take one more."""
+    operations = counted_products(monkeypatch)
+    y = torch.arange(300) % 100
+    labels = {"image_labels": y, "text_labels": y}
+    for options, products in ((labels, 3), ({"negative_margin": 0.1}, 3), ({**labels, "negative_margin": 0.1}, 4)):
+        fastclip.sigmoid_loss(*leaves(*pairs(300, 300, 16), SCALE, BIAS), **options)
+        assert len(operations) == products
+        operations.clear()
 
 
 def test_own_labels_are_pairs() -> None:

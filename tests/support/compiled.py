@@ -166,7 +166,12 @@ def launched(chip: int) -> list[dict[str, Any]]:
             launch_everything(512, torch.bfloat16, True, False, True)
         for dtype, labels in itertools.product((torch.bfloat16, torch.float32), (False, True)):
             p = problem(512, dtype, labels, False, True)
-            launch_statistics(p._replace(limits=(torch.zeros(len(p.image)), torch.zeros(len(p.text)))))
+            limited = p._replace(limits=(torch.zeros(len(p.image)), torch.zeros(len(p.text))))
+            launch_statistics(limited)
+            launch_sigmoid(limited)
+            if labels:
+                launch_sigmoid(p)
+                launch_sigmoid(limited._replace(exclude_self=True))
         with pytest.MonkeyPatch.context() as patch:  # as on AMD
             patch.setattr(plain, "_TICKET", False)
             launch_plain(problem(512, torch.bfloat16, False, False, True))

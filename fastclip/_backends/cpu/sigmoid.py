@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip._backends import reference
 from fastclip._backends.cpu import native
 from fastclip._backends.cpu.blocks import Features, Plan, normalized, threads
+from fastclip._backends.native import address
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import saved_dtype
 
 __all__ = ["sigmoid_fwd"]
+
+_NONE = (None, None)
 
 
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.sigmoid_fwd`, with three products if features need gradients, else with one."""
-    if p.labels or p.limits:
-        return reference.sigmoid_fwd(p, bias, divisor, needs, dtype)
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
         M = image.shape[0]
@@ -28,7 +28,11 @@ def sigmoid_fwd(
         plan = Plan(normalized(image, norms, 0, workers), normalized(text, norms, 2 * M, workers))
     else:
         plan = Plan(Features(image), Features(text))
-    problem = plan.image.inv_norm, plan.text.inv_norm, s, bias.item(), any(needs), p.offset
+    labels = [y.int().contiguous() for y in p.labels] if p.labels else _NONE
+    limits = [limit.float().contiguous() for limit in p.limits] if p.limits else _NONE
+    places = map(address, (*labels, *limits)) if p.labels or p.limits else (0, 0, 0, 0)
+    inv_norms = plan.image.inv_norm, plan.text.inv_norm
+    problem = *inv_norms, s, bias.item(), *places, any(needs), p.offset, p.exclude_self
     d_image = image.new_empty(image.shape, dtype=saved_dtype(image)) if needs[0] else None
     d_text = text.new_empty(text.shape, dtype=saved_dtype(text)) if needs[1] else None
     loss = d_scale = d_bias = 0.0
