@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
+from fastclip._backends import cuda, reference
 from fastclip._backends.cpu import native
+from fastclip._backends.problem import Problem
 from fastclip.losses.inputs.ties import TIE
 from fastclip.ops.sigmoid import Pairs
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS, SCALE_GRADIENT
@@ -275,6 +277,19 @@ def test_prefixes_take_the_options() -> None:
     both = fastclip.matryoshka_loss(image, text, SCALE, prefixes=(4, 16), loss=fastclip.sigmoid_loss, **options)
     each = [fastclip.sigmoid_loss(image[:, :d], text[:, :d], SCALE, **options) for d in (4, 16)]
     torch.testing.assert_close(both, each[0] + each[1])
+
+
+def test_the_cuda_backend_leaves_labels_and_limits_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_Tiles", None)
+    image, text = (x.to(DEVICE, torch.float16) for x in pairs(70, 70, 24))
+    scale, bias = (torch.tensor(x, device=DEVICE) for x in (3.0, -2.0))
+    labels = torch.arange(70, dtype=torch.int32, device=DEVICE) % 9
+    limits = torch.full((70,), 0.5, device=DEVICE), torch.full((70,), -0.5, device=DEVICE)
+    for options in ({"labels": (labels, labels)}, {"limits": limits}):
+        p = Problem(image, text, scale, **options)
+        ours, theirs = (m.sigmoid_fwd(p, bias, 1, [True] * 4, torch.float32) for m in (cuda, reference))
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 SHARDED = ("labels", "self", "ignored", "pairs, margin", "margin", "self, ignored, margin", "not normalised, margin")
