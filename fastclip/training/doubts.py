@@ -24,12 +24,18 @@ __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_
 
 _MAY_CHANGE = (
     *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
-    *("max_bad", "timeout", "wandb", "force", "keep_graphs"),
+    *("max_bad", "timeout", "wandb", "force", "keep_graphs", "distill"),  # of teachers, the weights are compared
 )
 
 
 def changes(
-    before: dict[str, Any], options: TrainOptions, source: Source, fingerprint: str, *, ranks: int
+    before: dict[str, Any],
+    options: TrainOptions,
+    source: Source,
+    fingerprint: str,
+    teachers: Sequence[str] = (),
+    *,
+    ranks: int,
 ) -> Iterator[str]:
     """Yield a sentence for each difference between a checkpoint's state and this run that affects the run's results.
 
@@ -44,6 +50,13 @@ def changes(
             then = _micro_batch(then, before["options"].get("batch_size", 0), before.get("ranks", ranks))
         if name not in _MAY_CHANGE and then != now:
             yield f"{flag(name)} was {then} and is now {now}"
+    if before.get("teachers", []) != list(teachers):  # digests, because a checkpoint may move
+        then, now = before["options"].get("distill"), None if options.distill is None else list(options.distill)
+        yield (
+            f"--distill was {then} and is now {now}"
+            if then != now
+            else f"--distill {' '.join(now or [])}: the weights of the teachers differ"
+        )
     if (samples := before["samples"]) != len(source):
         yield f"the dataset had {samples} samples and now has {len(source)}, so the order of the samples differs"
     elif before.get("fingerprint", fingerprint) != fingerprint:  # checkpoints of older versions lack it

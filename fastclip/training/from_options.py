@@ -59,6 +59,8 @@ def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
         defaults |= {"gamma": 0.2, "gamma_schedule": "cosine"}  # Wei et al. 2024, on CC3M
         if options.temperature is None:
             defaults["rho"] = 6.5
+    if options.distill is not None:
+        defaults["distill_weight"] = 1.0
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["OptionWords", "option_words", "parse_dataclass"]
+__all__ = ["OptionWords", "joined", "option_words", "parse_dataclass"]
 
 _DEFAULT = re.compile(r" (\(default: .*\))$")
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -28,6 +28,7 @@ _NAMED = {
     "max_bad": "SHARE",
     "betas": "BETA1 BETA2",
     "prefixes": "N [N ...]",
+    "distill": "PATH [PATH ...]",
     "wandb": "PROJECT",
     "timeout": "SECONDS",
 }
@@ -86,6 +87,26 @@ def parse_dataclass(
     shown = make_dataclass(options.__name__, shown_fields, bases=(options,), frozen=True)
     parsed: Any = tyro.cli(shown, prog=prog, description=description, args=args)
     return options(**{name: None if name in unset else getattr(parsed, name) for name in words})
+
+
+def joined(flag: str, args: Sequence[str]) -> list[str]:
+    """Return `args` with the values of all occurrences of an option behind its first: ``--a 1 --a 2`` as ``--a 1 2``.
+
+    tyro would keep those of the last occurrence alone.
+    """
+    first, values, rest = -1, [], []
+    taking = False
+    for word in args:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            first, taking = len(rest) if first < 0 else first, not equals
+            values += [value] if equals else []
+        elif taking and not word.startswith("-"):
+            values.append(word)
+        else:
+            taking = False
+            rest.append(word)
+    return rest if first < 0 else [*rest[:first], flag, *values, *rest[first:]]
 
 
 def _has_flag(name: str, args: Sequence[str]) -> bool:

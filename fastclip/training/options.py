@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fastclip.system.durable import write_text
 from fastclip.system.reading import read_yaml
 from fastclip.system.rounding import ceil_div
-from fastclip.training.option_words import OptionWords, parse_dataclass
+from fastclip.training.option_words import OptionWords, joined, parse_dataclass
 
 __all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 
@@ -76,6 +76,11 @@ class TrainOptions:
     """Margin of the global loss that keeps its learned temperature low, at least 0 (default: 6.5)."""
     temperature: float | None = None
     """Fixed temperature of the global loss, from 0.01 to 1, in place of a learned one with --rho (default: learned)."""
+    distill: tuple[str, ...] | None = None
+    """Checkpoints of frozen teachers: paths as --checkpoint of other commands takes them, or MODEL=PATH for a file
+    without configuration. The distillation loss of their softmaxes is added to the loss (default: no teacher)."""
+    distill_weight: float | None = None
+    """Weight of the distillation loss, at least 0 (default: 1.0)."""
     comm: Literal["gather", "ring"] = "gather"
     """Exchange of features between processes for the loss: with gather, every process holds the text features of the
     whole batch; with ring, it holds the text features of two processes at a time, one in use and one in transfer, which
@@ -278,7 +283,7 @@ _AT_LEAST_ONE = (
 _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_AT_LEAST_ONE, lambda value: value >= 1),
     "finite and not negative": (
-        ("seed", "workers", "warmup", "weight_decay", "keep_graphs", "rho"),
+        ("seed", "workers", "warmup", "weight_decay", "keep_graphs", "rho", "distill_weight"),
         lambda value: 0 <= value < math.inf,
     ),
     "below 2**63": (("seed",), lambda value: value < 2**63),
@@ -341,7 +346,7 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
         description="Train an image-text model, in one process or as one of the processes that torchrun starts. "
         "Defaults that depend on the model are given for the models that `fastclip models` lists; the train_cfg of a "
         "configuration file given as --model may set others.",
-        args=[*from_files, *given],
+        args=[*from_files, *joined("--distill", given)],
         also={"config": _CONFIG},
     )
 

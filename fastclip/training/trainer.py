@@ -51,6 +51,7 @@ from fastclip.training.step.compiled import Compilation, eager, obstacle, untrac
 from fastclip.training.step.moving_average import MovingAverage
 from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
+from fastclip.training.teachers import build_distillation, check_distillation
 
 __all__ = ["Run", "train"]
 
@@ -122,6 +123,7 @@ class _Trainer:
         assert self.model.config is not None
         self.config = self.model.config
         self.tokenize = tokenizer_of(self.config, options.model)
+        self.distillation = build_distillation(self.options, self.config, world)
         self.validation: dict[str, float] = {}
         self.options = self._resolve_compile(self.options, lambda: untraceable(self.model, tower_dtype(self.options)))
         deterministic = self.options.deterministic
@@ -154,6 +156,7 @@ class _Trainer:
             keep_on="cpu" if options.features_on == "cpu" else None,
             normalize_pixels=PixelNormalization.of(self.config),
             few_lengths=self.compilation is not None,
+            distillation=self.distillation,
         )
 
     def _choose_micro_batch(self, before: Mapping[str, Any] | None = None) -> None:
@@ -167,12 +170,16 @@ class _Trainer:
         self._check_micro_batches(self.options)
         self.stepper.cached, self.stepper.keep_graphs = self.options.is_cached(self.world.ranks), chosen.keep_graphs
 
+    def _digests(self) -> list[str]:
+        return [] if self.distillation is None else [teacher.digest for teacher in self.distillation.teachers]
+
     def _make_loop(self) -> Loop:
         about = {
             "options": {},  # filled in by `run`, which knows the micro-batch
             "ranks": self.world.ranks,
             "samples": len(self.source),
             "fingerprint": self.fingerprint,
+            "teachers": self._digests(),
             "fastclip": __version__,
             "torch": torch.__version__,
         }
@@ -202,6 +209,7 @@ class _Trainer:
         )
 
     def _check(self, options: TrainOptions) -> None:
+        check_distillation(options)
         B, ranks = options.batch_size, self.world.ranks
         if ranks > B:
             raise ValueError(f"--batch-size {B} is too small for {ranks} processes: each needs at least one pair")
@@ -281,7 +289,7 @@ class _Trainer:
         """Warn of changes since the checkpoint `path`, and raise ValueError if no steps are left."""
         state = read_state(path, "options", "samples")
         self._choose_micro_batch(state)
-        changed = changes(state, self.options, self.source, self.fingerprint, ranks=self.world.ranks)
+        changed = changes(state, self.options, self.source, self.fingerprint, self._digests(), ranks=self.world.ranks)
         _warn(f"changed since {path}: {change}" for change in changed)
         ours = path.parent.resolve() == (self.folder / "checkpoints").resolve()
         # A finished checkpoint of this run may be resumed: the run may have died before it wrote model/
@@ -305,6 +313,9 @@ class _Trainer:
                 "image_top1": report.image_top1 or 0.0,
                 "text_top1": report.text_top1 or 0.0,
             }
+            if report.loss_contrastive is not None and report.loss_distillation is not None:
+                values["loss_contrastive"] = report.loss_contrastive
+                values["loss_distillation"] = report.loss_distillation
         return Update(report.loss, values, report.status, report.tokens)
 
     @contextmanager

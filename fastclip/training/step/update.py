@@ -16,6 +16,7 @@ from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
 from fastclip.training.ranks import World, is_sharded, mean_over_ranks, of_all_ranks, reduce_unsharded
 from fastclip.training.signals import STATUSES
 from fastclip.training.step.cached import cached_step
+from fastclip.training.step.distillation import Distillation, Taught
 from fastclip.training.step.losses import NamedLoss
 from fastclip.training.step.micro_batches import MicroBatch, micro_batches, to_device
 from fastclip.training.step.moving_average import MovingAverage
@@ -42,6 +43,19 @@ class StepReport(NamedTuple):
     logit_scale: float  # exponentiated, after the update
     status: int = 0  # exit status if some process needs to end, else 0
     tokens: int = 0  # tokens of all texts, without padding
+    loss_contrastive: float | None = None  # the parts of `loss`, if there are teachers
+    loss_distillation: float | None = None
+
+
+class Gradients(NamedTuple):
+    """Loss of a step whose gradients were computed, and what went into it, of this rank."""
+
+    loss: Tensor  # ()
+    parts: list[Tensor]  # contrastive and distillation loss (); empty without teachers
+    labels: Tensor  # (N,) int64
+    features: list[Tensor]  # image features, text features and the scale
+    taught: Taught | None  # features of the teachers
+    tokens: int  # tokens of the texts, without padding
 
 
 class Stepper:
@@ -62,6 +76,7 @@ class Stepper:
         normalize_pixels: function applied to a micro-batch's images on the device (default: they are used as they are).
         few_lengths: texts have few different lengths in tokens, each of which costs a compiled graph. On a GPU, whose
             tensor cores take multiples of 8, they always have.
+        distillation: teachers whose distillation loss is added to `loss`.
     """
 
     def __init__(
@@ -80,10 +95,12 @@ class Stepper:
         keep_graphs: int = 0,
         normalize_pixels: Callable[[Tensor], Tensor] = lambda images: images,
         few_lengths: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
         self.cached, self.keep_graphs, self.normalize_pixels = cached, keep_graphs, normalize_pixels
+        self.distillation = distillation
         self._length_multiple = _FEW_LENGTHS if few_lengths or world.device.type == "cuda" else 1
         self._sharded = is_sharded(wrapped, world)
         # Under FSDP all ranks must call the text tower equally often, but their micro-batches may differ by a pair
@@ -112,16 +129,19 @@ class Stepper:
             FloatingPointError: the loss or a gradient is not finite. The message names the step and the samples, and
                 the weights are unchanged.
         """
-        value, labels, features, tokens = self._gradients(batches)
+        made = self._gradients(batches)
+        value = made.loss
         # Accuracy of the features before the update: embedding the batch again would cost another forward pass
-        shares = self._accuracy(labels, *features) if accuracy else []
+        shares = self._accuracy(made.labels, *made.features) if accuracy else []
         device = self.world.device
         # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
         # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
         wished = status()
         wishes = [torch.full_like(value, wished == code, dtype=torch.float64) for code in _STATUSES]
-        count = torch.full_like(value, tokens, dtype=torch.float64)
-        shared = torch.stack([x.to(device, torch.float64) for x in (value.detach(), *wishes, count, *shares)])
+        count = torch.full_like(value, made.tokens, dtype=torch.float64)
+        shared = torch.stack(
+            [x.to(device, torch.float64) for x in (value.detach(), *wishes, count, *made.parts, *shares)]
+        )
         shared = mean_over_ranks(shared, self.world)
         if self._sharded:  # DDP has averaged all gradients
             reduce_unsharded(self.model, self.world)
@@ -134,25 +154,22 @@ class Stepper:
         whole, grad_norm = float(torch.tensor(numbers[0], dtype=value.dtype)), numbers[-2]
         agreed = next((code for code, share in zip(_STATUSES, numbers[1:]) if share), 0)
         if not math.isfinite(whole):
-            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, made))
         if not math.isfinite(grad_norm):
             message = f"the gradient of step {step} is {grad_norm}"
-            raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
+            raise FloatingPointError(self._explained(message, batches, made, with_gradients=True))
         if not self._skips_on_device:
             self._update(norm)
             numbers[-1] = float(self.model.logit_scale.detach().exp())
         if self.ema is not None:
             self.ema.update()
-        mean_tokens, *top1 = numbers[1 + len(_STATUSES) : -2]
-        image_top1, text_top1 = top1 or (None, None)
+        mean_tokens, *others = numbers[1 + len(_STATUSES) : -2]
+        parts, top1 = others[: len(made.parts)] or (None, None), others[len(made.parts) :] or (None, None)
         tokens = round(mean_tokens * self.world.ranks)
-        return StepReport(whole, grad_norm, image_top1, text_top1, numbers[-1], agreed, tokens)
+        return StepReport(whole, grad_norm, *top1, numbers[-1], agreed, tokens, *parts)
 
-    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, list[Tensor], int]:
-        """Compute the gradients of the loss, and return the loss, its labels, its other inputs and the texts' tokens.
-
-        The other inputs are image features, text features and the scale.
-        """
+    def _gradients(self, batches: Sequence[Batch]) -> Gradients:
+        """Compute the gradients of the loss."""
         device = self.world.device
         pieces, text_order = micro_batches(
             batches,
@@ -167,6 +184,8 @@ class Stepper:
         if self.loss.module is not None:
             known_by = to_device(torch.cat([batch.samples for batch in batches]), labels.device)
         features: list[Tensor] = []
+        parts: list[Tensor] = []
+        taught = None if self.distillation is None else self.distillation.embed(pieces, text_order)
 
         def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
             images, ids = piece.arguments()
@@ -177,7 +196,15 @@ class Stepper:
         def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
             text = text_order.in_batch_order(text)
             features.extend(x.detach() for x in (image, text, scale_and_bias[0]))
-            return self.loss.function(image, text, known_by, *scale_and_bias)
+
+            def contrastive() -> Tensor:
+                return self.loss.function(image, text, known_by, *scale_and_bias)
+
+            if self.distillation is None or taught is None:
+                return contrastive()
+            both = self.distillation.losses((image, text, scale_and_bias[0]), taught, contrastive)
+            parts.extend(x.detach() for x in both)
+            return both[0] + self.distillation.weight * both[1]
 
         self.optimizer.zero_grad()
         if len(pieces) == 1 and not self.cached:
@@ -192,7 +219,7 @@ class Stepper:
                 keep_on=self.keep_on,
                 keep_graphs=self.keep_graphs,
             )
-        return value, labels, features, text_order.tokens
+        return Gradients(value, parts, labels, features, taught, text_order.tokens)
 
     def _update(self, norm: Tensor, skip: Tensor | None = None) -> None:
         """Clip the gradients, of the given `norm`, and update the weights, unless `skip` (), bool, is true."""
@@ -212,7 +239,7 @@ class Stepper:
         return [stats.row_hit.double().mean(), stats.col_hit.double().mean()]
 
     def _explained(
-        self, message: str, batches: Sequence[Batch], features: Sequence[Tensor], *, with_gradients: bool = False
+        self, message: str, batches: Sequence[Batch], made: Gradients, *, with_gradients: bool = False
     ) -> str:
         """Return `message` with the samples or weights that caused it, over all ranks.
 
@@ -224,13 +251,18 @@ class Stepper:
             finite = torch.cat([x.detach().flatten(1).isfinite().all(dim=1).cpu() for x in tensors])
             return [key for key, is_finite in zip(keys, finite.tolist()) if not is_finite]
 
-        parameters = dict(self.model.named_parameters())
+        parameters, features = dict(self.model.named_parameters()), made.features
         causes = {
             "pixels": named([batch.images for batch in batches]),  # integer images are always finite
             "weights": [name for name, p in parameters.items() if not _finite(p)],
             "image features": named(features[:1]),
             "text features": named(features[1:2]),
         }
+        if self.distillation is not None and made.taught is not None:
+            of_teachers = zip(self.distillation.teachers, made.taught.images, made.taught.texts)
+            causes |= {
+                f"features of the teacher {t.path}": named([torch.cat([a, b], dim=1)]) for t, a, b in of_teachers
+            }
         if with_gradients:  # if the loss is not finite, neither are most gradients, which then do not show the cause
             causes["gradients"] = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
         message += "; training stopped before its update: "
