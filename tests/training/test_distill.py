@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import multiprocessing
@@ -262,7 +263,7 @@ def work(rank: int, folder: Path, teachers: tuple[str, str]) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 def test_two_ranks_train_as_one(tmp_path: Path, teachers: tuple[str, str]) -> None:
-    import torch.distributed.fsdp  # once, before the fork
+    importlib.import_module("torch.distributed.fsdp")  # once, before the fork
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank, tmp_path, teachers)) for rank in range(W)]
