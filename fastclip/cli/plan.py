@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.help import add_training_option, describe
@@ -11,6 +12,7 @@ from fastclip.cli.printing import say
 if TYPE_CHECKING:
     from fastclip.models import DualEncoder
     from fastclip.training import Plan
+    from fastclip.training.planning.teachers import TeachersPlan
 
 __all__ = ["add"]
 
@@ -20,9 +22,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "Predict the memory that each process of a training run needs, the largest micro-batch with which it fits, "
         "what fastclip train chooses for --micro-batch auto and --keep-graphs auto, and the seconds of a step. The "
-        "options describe that run; no model is loaded or trained, and no GPU is needed. --optimizer defaults to "
-        "adamw for every model, while fastclip train uses lamb for ALIGN models. Its update takes more memory on a "
-        "GPU, which matters if micro-batches are small. The exit status is 1 if the run does not fit.",
+        "options describe that run; no model is trained, none is loaded except a teacher given by its path, and no GPU "
+        "is needed. --optimizer defaults to adamw for every model, while fastclip train uses lamb for ALIGN models. "
+        "Its update takes more memory on a GPU, which matters if micro-batches are small. The exit status is 1 if the "
+        "run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
         "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
         "fastclip plan --model ViT-B-32 --batch-size 32768 --memory 140 --precision bf16 --tflops 790 --tokens 20",
@@ -55,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_training_option(parser, "image_size", type=int, default_words="the model's")
     add_training_option(parser, "context_length", type=int, default_words="the model's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the planned run")
+    add_training_option(parser, "distill", nargs="+", action="extend", default_words="no teacher")
     _add_speed_options(parser)
     parser.set_defaults(run=_plan)
 
@@ -116,6 +120,24 @@ def _model(args: argparse.Namespace) -> DualEncoder:
     return model
 
 
+def _teachers(args: argparse.Namespace, student: DualEncoder) -> TeachersPlan:
+    """Return the plan of the teachers, each of which may be the name of a model, too."""
+    from fastclip.models.embedder import load_model
+    from fastclip.models.loading import named_config
+    from fastclip.training.planning.teachers import plan_teachers
+    from fastclip.training.teachers import split_teacher
+
+    configs = []
+    for spec in args.distill or ():
+        name, path = split_teacher(spec)
+        config = load_model(path)[0].config if name is None and Path(path).exists() else named_config(name or path)
+        assert config is not None
+        configs.append(config)
+    assert student.config is not None
+    length = student.config.text_cfg.context_length
+    return plan_teachers(configs, context_length=length, precision=args.precision, device=args.device)
+
+
 def _plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
@@ -130,7 +152,12 @@ def _plan(args: argparse.Namespace) -> int:
     given = {
         name: None if (value := getattr(args, name)) == "auto" else value for name in ("micro_batch", "keep_graphs")
     }
-    least: dict[str, Any] = {"micro_batch": given["micro_batch"], "keep_graphs": given["keep_graphs"] or 0}
+    teachers = _teachers(args, model)
+    least: dict[str, Any] = {
+        "teachers": teachers,
+        "micro_batch": given["micro_batch"],
+        "keep_graphs": given["keep_graphs"] or 0,
+    }
     plan = predict(model, **{name: getattr(args, name) for name in names}, **least)
     largest, statistics = plan.largest_micro_batch(memory), has_statistics(model)
     limits = (SHARE[args.device] * memory, memory)

@@ -165,7 +165,8 @@ class _Trainer:
         Args:
             before: contents of state.json of the checkpoint from which the run resumes.
         """
-        chosen = settle(self.options, self.model, self.world, before=before)
+        teachers = () if self.distillation is None else [one.model for one in self.distillation.teachers]
+        chosen = settle(self.options, self.model, self.world, before=before, teachers=teachers)
         self.options = replace(self.options, micro_batch=chosen.micro_batch)
         self._check_micro_batches(self.options)
         self.stepper.cached, self.stepper.keep_graphs = self.options.is_cached(self.world.ranks), chosen.keep_graphs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from fastclip.training.options import TrainOptions, flag
 from fastclip.training.planning.footprint import Footprint, footprint, rough_footprint
 from fastclip.training.planning.memory import Plan, most_graphs, plan
 from fastclip.training.planning.report import readable
+from fastclip.training.planning.teachers import plan_teachers
 from fastclip.training.ranks import World, of_all_ranks
 
 __all__ = ["SHARE", "Choice", "choose", "has_statistics", "settle", "usable_memory"]
@@ -126,7 +127,12 @@ def usable_memory(device: torch.device, *, processes: int = 1, held: int = 0, sh
 
 
 def settle(
-    options: TrainOptions, model: DualEncoder, world: World, *, before: Mapping[str, Any] | None = None
+    options: TrainOptions,
+    model: DualEncoder,
+    world: World,
+    *,
+    before: Mapping[str, Any] | None = None,
+    teachers: Sequence[DualEncoder] = (),
 ) -> Choice:
     """Return the micro-batch and the kept graphs of a run, equal on all ranks, and log what was chosen.
 
@@ -136,6 +142,7 @@ def settle(
         world: this process and its group.
         before: contents of state.json of the checkpoint that is resumed. Its micro-batch is used again if the batch and
             the number of processes are the same, because BatchNorm and the rounding depend on it.
+        teachers: frozen models whose features the step compares, on the device.
     """
     share = options.largest_share(world.ranks)
     micro_batch = None if options.micro_batch in _AUTO else int(options.micro_batch)
@@ -145,19 +152,21 @@ def settle(
         micro_batch = then if isinstance(then, int) else share  # older versions recorded None for the whole share
     if micro_batch is not None and (keep_graphs is not None or micro_batch >= share):
         return Choice(micro_batch, min(keep_graphs or 0, most_graphs(options.batch_size, world.ranks, micro_batch)))
-    memory = _smallest_memory(model, world)
+    memory = _smallest_memory([model, *teachers], world)
     if math.isinf(memory):
         return _without_plan(options, world, micro_batch, keep_graphs, "the size of the memory is unknown")
     try:
-        return _planned(options, model, world, memory, micro_batch, keep_graphs)
+        return _planned(options, [model, *teachers], world, memory, micro_batch, keep_graphs)
     except Exception as error:  # of whatever kind the code of a model raises
         return _without_plan(options, world, micro_batch, keep_graphs, f"its memory cannot be planned ({error})")
 
 
-def _smallest_memory(model: DualEncoder, world: World, *, share: float | None = None) -> float:
-    """Return `usable_memory` of the rank that has the least."""
+def _smallest_memory(models: Sequence[DualEncoder], world: World, *, share: float | None = None) -> float:
+    """Return `usable_memory` of the rank that has the least, all of which hold these models."""
     hosts = of_all_ranks(socket.gethostname(), world)
-    tensors = [x.to_local() if hasattr(x, "to_local") else x for x in (*model.parameters(), *model.buffers())]
+    tensors = [
+        x.to_local() if hasattr(x, "to_local") else x for one in models for x in (*one.parameters(), *one.buffers())
+    ]
     held = sum(x.untyped_storage().nbytes() for x in tensors)
     processes = hosts.count(hosts[world.rank])
     return min(of_all_ranks(usable_memory(world.device, processes=processes, held=held, share=share), world))
@@ -187,15 +196,16 @@ def _without_plan(
 
 def _planned(
     options: TrainOptions,
-    model: DualEncoder,
+    models: Sequence[DualEncoder],
     world: World,
     memory: float,
     micro_batch: int | None,
     keep_graphs: int | None,
 ) -> Choice:
-    assert model.config is not None
+    """Return the choice for the first of the models, of which the others are teachers."""
+    config, *teachers = (model.config for model in models if model.config is not None)
     towers = Towers.of(options)
-    twin, rough = _rough(model.config, towers)
+    twin, rough = _rough(config, towers)
     given: dict[str, Any] = {"micro_batch": micro_batch, "keep_graphs": keep_graphs}
     given |= {"largest": has_statistics(twin), "caching": options.features_on == "cpu"}
     known: dict[str, Any] = {
@@ -208,14 +218,16 @@ def _planned(
         "ema": options.ema is not None,
         "device": world.device.type,
     }
+    sizes = {"context_length": config.text_cfg.context_length, "precision": options.precision}
+    known["teachers"] = plan_teachers(teachers, **sizes, device=world.device.type)
     chosen = choose(plan(twin, **known, measured=rough), memory, **given)
     if chosen is None or (chosen.cached and (micro_batch is None or chosen.kept_graphs < chosen.most_graphs)):
         # There may not be enough memory for everything, so the exact plan is needed
-        twin, measured = _exact(model.config, towers, options.precision, world.device.type)
+        twin, measured = _exact(config, towers, options.precision, world.device.type)
         exact = plan(twin, **known, measured=measured)
         chosen = choose(exact, memory, **given)
         if chosen is None:  # no step fits into the share of the memory: all that is free is tried
-            chosen = choose(exact, _smallest_memory(model, world, share=1.0), **given)
+            chosen = choose(exact, _smallest_memory(models, world, share=1.0), **given)
         if chosen is None:
             few = micro_batch or max((size for size in _sizes(exact) if size <= _FEW), default=exact.pairs)
             chosen = replace(exact, micro_batch=few, keep_graphs=keep_graphs or 0)

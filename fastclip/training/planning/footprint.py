@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastclip.models.dual_encoder import DualEncoder
 
-__all__ = ["Footprint", "footprint", "rough_footprint", "start_autograd"]
+__all__ = ["Footprint", "Moment", "embedding_moments", "footprint", "rough_footprint", "start_autograd"]
 
 _PAIRS = (16, 32)  # any two numbers: the size of each tensor is affine in the number of pairs
 _ROUGH_PAIRS = 2  # BatchNorm refuses a single pair
@@ -113,8 +113,20 @@ def start_autograd() -> None:
     torch.zeros(1, requires_grad=True).sum().backward()
 
 
+def embedding_moments(model: DualEncoder, *sizes: Any) -> tuple[tuple[Moment, ...], int]:
+    """Return the moments of a forward pass without a graph, and the bytes of an element of the features.
+
+    Args:
+        model: model on any device. It is left unchanged.
+        sizes: image_size, context_length, precision and device, as for `footprint`.
+    """
+    start_autograd()
+    small, large = (_run(model, pairs, *sizes, grad=False) for pairs in _PAIRS)
+    return _moments(small, large), small.features[0].element_size()
+
+
 def _embedding(model: DualEncoder, *sizes: Any) -> tuple[Moment, ...]:
-    return _moments(*(_run(model, pairs, *sizes, grad=False) for pairs in _PAIRS))
+    return embedding_moments(model, *sizes)[0]
 
 
 def _moments(small: _Run, large: _Run) -> tuple[Moment, ...]:

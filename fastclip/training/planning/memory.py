@@ -19,6 +19,7 @@ from fastclip.system import env
 from fastclip.system.rounding import ceil_div
 from fastclip.training.planning.footprint import Footprint, footprint
 from fastclip.training.planning.operations import Operations, operations_of
+from fastclip.training.planning.teachers import NO_TEACHERS, TeachersPlan
 from fastclip.training.ranks import fsdp_blocks
 
 __all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "most_graphs", "plan"]
@@ -75,6 +76,7 @@ class Plan:
     workspace_limit: int  # FASTCLIP_WORKSPACE_MB, in bytes
     count_operations: Callable[[], Operations] = field(repr=False, compare=False)  # takes time, and memory needs none
     keep_graphs: int = 0  # micro-batches whose graphs gradient caching keeps; more than `most_graphs` are not kept
+    teachers: TeachersPlan = NO_TEACHERS
 
     @property
     def pairs(self) -> int:
@@ -214,6 +216,7 @@ class Plan:
             # Two blocks of texts, one in use and one in transfer, in the dtype of the features. Seven blocks in fp32,
             # among them the sums of the texts' gradients in use and in transfer, and those of the images' gradients
             held = shard * (2 * size + 7 * _FP32)
+        held += (self.world_size > 1) * self.batch_size * self.teachers.texts  # gathered
         return held + _STATISTICS * self.batch_size + (self._workspace if self.device == "cuda" else 0)
 
     @property
@@ -233,7 +236,8 @@ class Plan:
         """Bytes that are in memory throughout the step."""
         parameters = self.parameters + self.gathered + self.optimizer_states + self.average
         gradients = self.gradients + self.buckets if self.gradients_stay else 0
-        return parameters + gradients + self.inputs + self.features + self.workspace
+        taught = self.teachers.held(self.pairs)
+        return parameters + gradients + self.inputs + self.features + self.workspace + taught
 
     @property
     def tensors(self) -> int:
@@ -241,11 +245,13 @@ class Plan:
 
         The peak is in the loss, in the forward and backward pass, or in the optimiser with all gradients. During the
         loss, the activations of all pairs are in memory, too, unless gradient caching is used. It keeps some graphs
-        while other micro-batches are embedded and in the loss; then each pass backward frees one.
+        while other micro-batches are embedded and in the loss; then each pass backward frees one. Teachers embed the
+        batch before the model does.
         """
         kept = self.graphs if self.cached else self.footprint.kept(self.pairs)
         share = 0.0 if self.gradients_stay else self.gradients / (self.sizes.trainable * _FP32)
-        highest = self.footprint.peak(min(self.micro_batch, self.pairs), share)
+        micro_batch = min(self.micro_batch, self.pairs)
+        highest = max(self.footprint.peak(micro_batch, share), self.teachers.peak(micro_batch))
         if self.kept_graphs:
             highest += self.graphs - self.footprint.kept(self.micro_batch)
             if self.kept_graphs < self.micro_batches:
@@ -313,6 +319,7 @@ def plan(
     ema: bool = False,
     device: str = "cuda",
     measured: Footprint | None = None,
+    teachers: TeachersPlan = NO_TEACHERS,
 ) -> Plan:
     """Predict the memory of a training step.
 
@@ -332,6 +339,7 @@ def plan(
         ema: keep a moving average of the weights.
         device: "cuda" or "cpu", the kind of device to plan for. It need not exist on this machine.
         measured: footprint of the model, if it is known (default: it is measured).
+        teachers: frozen teachers of the step, as `plan_teachers` returns them.
 
     Raises:
         ValueError: an option is invalid, both towers are locked, or the model has no configuration.
@@ -367,6 +375,7 @@ def plan(
         ema=ema,
         workspace_limit=env.workspace_bytes(device),
         count_operations=partial(operations_of, model),
+        teachers=teachers,
         **given,
     )
 

@@ -73,6 +73,13 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
     yield "optimiser", p.optimizer_states, f"{_SPELT[p.optimizer]}: {STATES[p.optimizer]} fp32 states per parameter"
     if p.ema:
         yield "moving average", p.average, "of the weights"
+    if p.teachers.count:
+        frozen = f"{p.teachers.parameters / 1e6:,.1f} M"
+        yield (
+            "teachers",
+            p.teachers.held(p.pairs),
+            f"{p.teachers.count} frozen, of {frozen}, and their features of {p.pairs:,} pairs",
+        )
     images = f"images of {p.image_size} x {p.image_size}, uint8 and fp32"
     yield "inputs", p.inputs, f"{images}, and {p.context_length} ids per text"
     kept = "and their gradients" if p.cached else "gradients only"

@@ -46,7 +46,7 @@ def speed(p: Plan, rate: float, *, utilisation: float | None = None, tokens: flo
     again = max(0, p.pairs - p.kept_graphs * p.micro_batch) / p.pairs if p.cached else 0.0
     operations = p.count_operations()
     useful = operations.useful(p.batch_size, tokens)
-    executed = operations.executed(p.batch_size, tokens, again=again)
+    executed = operations.executed(p.batch_size, tokens, again=again) + p.teachers.executed(p.batch_size, tokens)
     limit = executed * p.pairs / p.batch_size / rate  # of the process that has the most pairs
     seconds = limit / (UTILISATION[p.device, p.precision][0] if utilisation is None else utilisation)
     return Speed(useful, executed, limit, seconds, p.batch_size / seconds, useful / (seconds * p.world_size * rate))
@@ -76,6 +76,7 @@ def sentences(p: Plan, rate: float | None, *, utilisation: float | None = None, 
     why += ["gradient checkpointing runs towers again"] if operations.checkpointing else []
     needed = f"useful operations of a step: {_amount(found.useful)}; an image takes {image} in the forward pass, "
     needed += f"a text of {tokens:g} tokens {text}"
+    why += ["teachers embed the batch"] if p.teachers.count else []
     because = f", because {' and '.join(why)}" if why else ""
     lines = [needed, f"executed operations: {_amount(found.executed)}{because}"]
     if rate is None:

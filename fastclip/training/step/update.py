@@ -185,6 +185,7 @@ class Stepper:
             known_by = to_device(torch.cat([batch.samples for batch in batches]), labels.device)
         features: list[Tensor] = []
         parts: list[Tensor] = []
+        self.optimizer.zero_grad()  # frees memory for the teachers
         taught = None if self.distillation is None else self.distillation.embed(pieces, text_order)
 
         def forward(piece: MicroBatch) -> tuple[Tensor, ...]:
@@ -206,7 +207,6 @@ class Stepper:
             parts.extend(x.detach() for x in both)
             return both[0] + self.distillation.weight * both[1]
 
-        self.optimizer.zero_grad()
         if len(pieces) == 1 and not self.cached:
             value = loss(*forward(pieces[0]))
             value.backward()
