@@ -91,8 +91,10 @@ def _load(spec: str, options: TrainOptions, config: ModelConfig, device: torch.d
     try:
         model, source = load_model(path, model=name)
     except ValueError as error:
-        hint = "" if name else f". If the checkpoint does not name its model: --distill MODEL={path}"
-        raise ValueError(f"--distill {spec}: {error}{hint}") from error
+        why = str(error)
+        if name is None and "contains no configuration" in why:  # whose advice is --model, here the student's
+            why = f"the checkpoint contains no configuration: name its model, as in --distill ViT-B-32={path}"
+        raise ValueError(f"--distill {spec}: {why}") from error
     assert model.config is not None
     length, longest = config.text_cfg.context_length, model.config.text_cfg.context_length
     if longest < length:

@@ -69,6 +69,7 @@ PARTS = [
     "data_sources",
     "training_step",
     "training",
+    "teachers",
     "interrupted",
     "ending",
     "outputs",

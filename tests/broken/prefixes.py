@@ -56,7 +56,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "`--prefixes` trains every prefix with every loss except global, and refuses one that is longer than the features",
+        "`--prefixes` trains every prefix with every loss except global, and refuses one beyond the features",
         tests=[
             "training/test_trainer.py::test_prefixes_are_trained",
             "training/test_trainer.py::test_options_that_fit_nothing_here_are_refused",

@@ -24,6 +24,7 @@ from support.processes import join_group
 
 needs("train")
 
+from fastclip.cli import main
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
 from fastclip.models.transforms import PixelNormalization
@@ -31,6 +32,11 @@ from fastclip.parity.promised import LOSS
 from fastclip.system.reading import read_tensors
 from fastclip.training import Run, TrainOptions, train, trainer
 from fastclip.training.options import parse_options, read_options
+from fastclip.training.planning import choose
+from fastclip.training.planning.memory import plan
+from fastclip.training.planning.operations import operations_of
+from fastclip.training.planning.speed import speed
+from fastclip.training.planning.teachers import NO_TEACHERS, plan_teachers
 from fastclip.training.step.update import Stepper, StepReport
 from support.digits_run import digits_run
 
@@ -199,10 +205,8 @@ def test_resumed_run_is_the_run_that_never_stopped(
 def test_options_and_their_files(tmp_path: Path, teachers: tuple[str, str]) -> None:
     """--distill may be repeated or take several paths, and the command line replaces the teachers of a file."""
     base = ["--data", "digits", "--model", "ViT-tiny", "--output", "x"]
-    for words in (["--distill", "a", "b"], ["--distill", "a", "--seed", "3", "--distill", "b"], ["--distill=a", "b"]):
-        if words == ["--distill=a", "b"]:
-            words = ["--distill=a", "--distill=b"]
-        assert parse_options([*base, *words]).distill == ("a", "b")
+    for words in ("--distill a b", "--distill a --seed 3 --distill b", "--distill=a --no-async-save --distill=b"):
+        assert parse_options([*base, *words.split()]).distill == ("a", "b")
     run = train(options(tmp_path, teachers, max_steps=1))
     found = read_options(run.folder / "config.yaml")
     assert found.distill == teachers and found.distill_weight == 1.0
@@ -225,7 +229,7 @@ def test_mistakes_are_named_before_training(tmp_path: Path, teachers: tuple[str,
         ({"distill": None, "distill_weight": 0.5}, "--distill-weight belongs to --distill"),
         ({"distill_weight": -1.0}, "--distill-weight must be finite and not negative"),
         ({"distill": (str(tmp_path / "short"),)}, "the teacher takes 8 tokens, but the student's texts have up to 16"),
-        ({"distill": (bare,)}, "If the checkpoint does not name its model: --distill MODEL="),
+        ({"distill": (bare,)}, "contains no configuration: name its model, as in --distill ViT-B-32="),
         ({"model": "align-tiny"}, "another tokenizer.*ClipTokenizer.*than the student align-tiny.*BertTokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -233,6 +237,46 @@ def test_mistakes_are_named_before_training(tmp_path: Path, teachers: tuple[str,
     with pytest.raises(FileNotFoundError, match="--distill nowhere: there is no such file or folder"):
         train(options(tmp_path / "a", ["nowhere"]))
     assert train(options(tmp_path / "a", [f"ViT-tiny={bare}"], max_steps=1)).steps == 1
+
+
+def test_plan_counts_the_teachers(capsys: pytest.CaptureFixture[str], teachers: tuple[str, str]) -> None:
+    """Their weights, their features and their forward pass, whose operations are not useful."""
+    words = "plan --model ViT-tiny --batch-size 256 --memory 8 --device cpu --tflops 1 --micro-batch 256"
+    figures = []
+    for more in ([], ["--distill", "ViT-B-32"], ["--distill", teachers[0], "--distill", f"ViT-B-32={teachers[1]}"]):
+        main([*words.split(), *more])
+        figures.append(capsys.readouterr().out)
+    assert "teachers" not in figures[0]
+    size = sum(p.numel() for p in create_model("ViT-B-32", device="meta").parameters())
+    assert f"1 frozen, of {size / 1e6:,.1f} M, and their features of 256 pairs" in figures[1]
+    assert "2 frozen, of" in figures[2] and "because teachers embed the batch" in figures[2]
+    useful = [line for text in figures for line in text.splitlines() if line.startswith("useful operations")]
+    assert len(set(useful)) == 1
+    student = create_model("ViT-tiny", device="meta")
+    config = create_model("ViT-B-32", device="meta").config
+    assert config is not None
+    taught = plan_teachers([config], context_length=77, device="cpu")
+    with_teacher, alone = (plan(student, batch_size=256, device="cpu", teachers=x) for x in (taught, NO_TEACHERS))
+    assert taught.held(256) == 4 * size + taught.buffers + 256 * 2 * config.embed_dim * 4
+    assert with_teacher.held - alone.held == taught.held(256)
+    assert with_teacher.tensors >= with_teacher.held + taught.peak(256) > 0
+    operations = operations_of(create_model("ViT-B-32", device="meta"))
+    executed = [speed(one, 1e12).executed for one in (with_teacher, alone)]
+    products = 2 * 2 * 256**2 * config.embed_dim
+    assert executed[0] - executed[1] == pytest.approx(256 * operations.forward(77) + products)
+
+
+def test_micro_batch_auto_leaves_room_for_the_teachers(
+    tmp_path: Path, teachers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = create_model("ViT-tiny", device="meta", context_length=16)
+    room = plan(student, batch_size=48, device="cpu").total + 2**20  # less than the weights of a teacher
+    monkeypatch.setattr(choose, "usable_memory", lambda device, **known: room)
+    found = []
+    for distill in (None, teachers):
+        run = train(options(tmp_path / str(distill is None), teachers, distill=distill, batch_size=48, max_steps=1))
+        found.append(read_options(run.folder / "config.yaml").micro_batch)
+    assert found[0] == 48 and isinstance(found[1], int) and found[1] < 48
 
 
 def test_teacher_with_broken_features_is_named(tmp_path: Path, teachers: tuple[str, str]) -> None:
