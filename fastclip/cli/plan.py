@@ -125,15 +125,16 @@ def _teachers(args: argparse.Namespace, student: DualEncoder) -> TeachersPlan:
     from fastclip.models.embedder import load_model
     from fastclip.models.loading import named_config
     from fastclip.training.planning.teachers import plan_teachers
-    from fastclip.training.teachers import split_teacher
+    from fastclip.training.teachers import check_context, split_teacher
 
+    assert student.config is not None
     configs = []
     for spec in args.distill or ():
         name, path = split_teacher(spec)
         config = load_model(path)[0].config if name is None and Path(path).exists() else named_config(name or path)
         assert config is not None
+        check_context(spec, config, student.config)
         configs.append(config)
-    assert student.config is not None
     length = student.config.text_cfg.context_length
     return plan_teachers(configs, context_length=length, precision=args.precision, device=args.device)
 

@@ -16,7 +16,7 @@ from fastclip.training.options import TrainOptions
 from fastclip.training.ranks import World
 from fastclip.training.step.distillation import Distillation, Teacher
 
-__all__ = ["build_distillation", "check_distillation", "split_teacher"]
+__all__ = ["build_distillation", "check_context", "check_distillation", "split_teacher"]
 
 logger = logging.getLogger(__name__)
 _LOSSES = ("clip", "unicl", "align", "convirt")
@@ -96,14 +96,9 @@ def _load(spec: str, options: TrainOptions, config: ModelConfig, device: torch.d
             why = f"the checkpoint contains no configuration: name its model, as in --distill ViT-B-32={path}"
         raise ValueError(f"--distill {spec}: {why}") from error
     assert model.config is not None
-    length, longest = config.text_cfg.context_length, model.config.text_cfg.context_length
-    if longest < length:
-        raise ValueError(
-            f"--distill {spec}: the teacher takes {longest} tokens, but the student's texts have up to {length}: "
-            f"choose another teacher, or --context-length {longest}"
-        )
+    check_context(spec, model.config, config)
     # Both with the same length, which is part of a tokenizer's identity
-    theirs = tokenizer_of(model.config, name or str(source), context_length=length)
+    theirs = tokenizer_of(model.config, name or str(source), context_length=config.text_cfg.context_length)
     ours = tokenizer_of(config, options.model)
     if _identity(theirs) != _identity(ours):
         raise ValueError(
@@ -114,6 +109,16 @@ def _load(spec: str, options: TrainOptions, config: ModelConfig, device: torch.d
     digest = Embedder(model, theirs).identity
     logger.info("teacher %s: %s parameters", spec, f"{sum(p.numel() for p in model.parameters()):,}")
     return Teacher(spec, placed(model, device), digest)
+
+
+def check_context(spec: str, teacher: ModelConfig, student: ModelConfig) -> None:
+    """Raise ValueError if a teacher, given as `spec`, takes fewer tokens than the texts of the student have."""
+    length, longest = student.text_cfg.context_length, teacher.text_cfg.context_length
+    if longest < length:
+        raise ValueError(
+            f"--distill {spec}: the teacher takes {longest} tokens, but the student's texts have up to {length}: "
+            f"choose another teacher, or --context-length {longest}"
+        )
 
 
 def _identity(tokenizer: object) -> tuple[str, object]:

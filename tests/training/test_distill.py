@@ -241,28 +241,30 @@ def test_mistakes_are_named_before_training(tmp_path: Path, teachers: tuple[str,
 
 def test_plan_counts_the_teachers(capsys: pytest.CaptureFixture[str], teachers: tuple[str, str]) -> None:
     """Their weights, their features and their forward pass, whose operations are not useful."""
-    words = "plan --model ViT-tiny --batch-size 256 --memory 8 --device cpu --tflops 1 --micro-batch 256"
+    words = "plan --model ViT-tiny --context-length 16 --batch-size 256 --memory 8 --device cpu --tflops 1"
     figures = []
-    for more in ([], ["--distill", "ViT-B-32"], ["--distill", teachers[0], "--distill", f"ViT-B-32={teachers[1]}"]):
+    for more in ([], ["--distill", "RN-tiny"], ["--distill", teachers[0], "--distill", f"RN-tiny={teachers[1]}"]):
         main([*words.split(), *more])
         figures.append(capsys.readouterr().out)
     assert "teachers" not in figures[0]
-    size = sum(p.numel() for p in create_model("ViT-B-32", device="meta").parameters())
+    assert main([*words.split(), "--context-length", "77", "--distill", teachers[0]]) == 1
+    assert "the teacher takes 23 tokens, but the student's texts have up to 77" in capsys.readouterr().err
+    teacher = create_model("RN-tiny", device="meta")
+    size = sum(p.numel() for p in teacher.parameters())
     assert f"1 frozen, of {size / 1e6:,.1f} M, and their features of 256 pairs" in figures[1]
     assert "2 frozen, of" in figures[2] and "because teachers embed the batch" in figures[2]
     useful = [line for text in figures for line in text.splitlines() if line.startswith("useful operations")]
     assert len(set(useful)) == 1
     student = create_model("ViT-tiny", device="meta")
-    config = create_model("ViT-B-32", device="meta").config
-    assert config is not None
-    taught = plan_teachers([config], context_length=77, device="cpu")
+    assert teacher.config is not None
+    taught = plan_teachers([teacher.config], context_length=77, device="cpu")
     with_teacher, alone = (plan(student, batch_size=256, device="cpu", teachers=x) for x in (taught, NO_TEACHERS))
-    assert taught.held(256) == 4 * size + taught.buffers + 256 * 2 * config.embed_dim * 4
+    assert taught.held(256) == 4 * size + taught.buffers + 256 * 2 * teacher.config.embed_dim * 4
     assert with_teacher.held - alone.held == taught.held(256)
     assert with_teacher.tensors >= with_teacher.held + taught.peak(256) > 0
-    operations = operations_of(create_model("ViT-B-32", device="meta"))
+    operations = operations_of(teacher)
     executed = [speed(one, 1e12).executed for one in (with_teacher, alone)]
-    products = 2 * 2 * 256**2 * config.embed_dim
+    products = 2 * 2 * 256**2 * teacher.config.embed_dim
     assert executed[0] - executed[1] == pytest.approx(256 * operations.forward(77) + products)
 
 
