@@ -132,7 +132,7 @@ def test_loss_is_the_sum_of_both_formulas(
     weight: float,
     factor: float | None,
 ) -> None:
-    """Also for a teacher with other images and a longer context, in every step."""
+    """Teachers may have other images and a longer context."""
     record = seen(monkeypatch)
     changed: dict[str, Any] = {"loss": loss, "distill_weight": weight, "max_steps": 2}
     run = train(options(tmp_path, teachers, label_smoothing=0.0, **changed))

@@ -39,7 +39,7 @@ class Teacher:
 
 
 class Taught(NamedTuple):
-    """What teachers make of the batch of a process, one element for each teacher: features (N, D_t) and scales ()."""
+    """Features (N, D_t) and scales () of the batch of a process, one element for each teacher."""
 
     images: list[Tensor]
     texts: list[Tensor]
