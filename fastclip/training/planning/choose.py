@@ -218,7 +218,7 @@ def _planned(
         "ema": options.ema is not None,
         "device": world.device.type,
     }
-    sizes = {"context_length": config.text_cfg.context_length, "precision": options.precision}
+    sizes: dict[str, Any] = {"context_length": config.text_cfg.context_length, "precision": options.precision}
     known["teachers"] = plan_teachers(teachers, **sizes, device=world.device.type)
     chosen = choose(plan(twin, **known, measured=rough), memory, **given)
     if chosen is None or (chosen.cached and (micro_batch is None or chosen.kept_graphs < chosen.most_graphs)):

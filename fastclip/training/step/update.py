@@ -164,9 +164,11 @@ class Stepper:
         if self.ema is not None:
             self.ema.update()
         mean_tokens, *others = numbers[1 + len(_STATUSES) : -2]
-        parts, top1 = others[: len(made.parts)] or (None, None), others[len(made.parts) :] or (None, None)
+        contrastive, distillation = others[: len(made.parts)] or (None, None)
+        image_top1, text_top1 = others[len(made.parts) :] or (None, None)
         tokens = round(mean_tokens * self.world.ranks)
-        return StepReport(whole, grad_norm, *top1, numbers[-1], agreed, tokens, *parts)
+        scale = numbers[-1]
+        return StepReport(whole, grad_norm, image_top1, text_top1, scale, agreed, tokens, contrastive, distillation)
 
     def _gradients(self, batches: Sequence[Batch]) -> Gradients:
         """Compute the gradients of the loss."""
