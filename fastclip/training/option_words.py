@@ -94,8 +94,9 @@ def joined(flag: str, args: Sequence[str]) -> list[str]:
 
     tyro would keep those of the last occurrence alone.
     """
-    first, values, rest = -1, [], []
-    taking = False
+    values: list[str] = []
+    rest: list[str] = []
+    first, taking = -1, False
     for word in args:
         name, equals, value = word.partition("=")
         if name == flag:

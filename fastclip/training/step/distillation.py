@@ -102,7 +102,7 @@ class Distillation:
             taught: result of `embed` for the same pairs.
             contrastive: function that computes the contrastive loss.
         """
-        teachers = tuple(taught.to(student[0].device))
+        teachers = taught.to(student[0].device)
         if self._plain:
             return contrastive_and_distillation(student, teachers, normalize=True, **self._shared)
         distillation = distillation_loss(*student, *teachers, **self._shared)
