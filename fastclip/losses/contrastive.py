@@ -29,11 +29,9 @@ from fastclip.ops import (
     plain_loss,
 )
 
-__all__ = ["contrastive_loss", "direction_loss", "direction_losses"]
-
+__all__ = ["contrastive_loss", "direction_losses"]
 
 _NUMBERS = (float, int)
-_Pair = tuple[Tensor, Tensor]  # (images or rows, texts or columns)
 
 
 def contrastive_loss(
@@ -210,7 +208,7 @@ def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) ->
     every_loss_counts_the_same = batch.counts is None and reduction == "mean" and image_weight == 0.5
     if every_loss_counts_the_same and batch.shards is None and not batch.label_smoothing:  # half as many operations
         both = rows._replace(neg=torch.cat((rows.neg, cols.neg)), pos=torch.cat((rows.pos, cols.pos)))
-        return direction_loss(both, None, 0.0, None).mean().to(dtype)
+        return row_losses(both, None).mean().to(dtype)
     row_loss, col_loss = direction_losses(batch, stats)
     if reduction == "none":
         losses = row_loss.to(dtype), col_loss.to(dtype)
@@ -232,12 +230,12 @@ def direction_losses(batch: Batch, stats: Sides) -> tuple[Tensor, Tensor]:
         cols = cols._replace(neg=col_neg)
     row_count, col_count = batch.counts or (None, None)
     return (
-        direction_loss(rows, row_count, batch.label_smoothing, row_mean),
-        direction_loss(cols, col_count, batch.label_smoothing, col_mean),
+        _direction_loss(rows, row_count, batch.label_smoothing, row_mean),
+        _direction_loss(cols, col_count, batch.label_smoothing, col_mean),
     )
 
 
-def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logit: Tensor | None) -> Tensor:
+def _direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logit: Tensor | None) -> Tensor:
     """Return the loss of each row (M,), or of each column (N,), from the statistics of that side.
 
     count: number of positives, or None for one each. mean_logit: mean of the row's logits, for label smoothing.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.problem import Problem, Side, Sides, TeacherSide, TeacherSides
+from fastclip._backends.reference import row_losses
 from fastclip.distributed import Shards, check_group, meet, reported, sharded_distillation
-from fastclip.losses.contrastive import direction_loss
 from fastclip.losses.inputs.arguments import (
     check_features,
     check_reduction,
@@ -116,7 +116,7 @@ def contrastive_and_distillation(
         equal_shards=equal_shards,
         backend=backend,
     )
-    rows, cols = (direction_loss(side, None, 0.0, None) for side in batch.stats[0])
+    rows, cols = (row_losses(side, None) for side in batch.stats[0])
     contrastive, distillation = (_reduced(batch, losses, "mean", 0.5) for losses in ((rows, cols), _losses(batch)))
     assert isinstance(contrastive, Tensor) and isinstance(distillation, Tensor)
     return contrastive, distillation
@@ -183,8 +183,8 @@ def _teachers(images: Any, texts: Any, scales: Any) -> list[_Teacher]:
         return [_Teacher(images, texts, scales, _NAMES)]
     counts = {name: len(x) if name in lists else 1 for name, x in given.items()}
     if len(lists) < 3 or len(set(counts.values())) > 1 or 0 in counts.values():
-        told = (f"{name} {f'a list of {counts[name]}' if name in lists else 'no list'}" for name in _NAMES)
-        raise ValueError(f"pass one list element for each teacher in all three arguments: {', '.join(told)}")
+        given_as = (f"{name} {f'a list of {counts[name]}' if name in lists else 'no list'}" for name in _NAMES)
+        raise ValueError(f"pass one list element for each teacher in all three arguments: {', '.join(given_as)}")
     return [
         _Teacher(*one, tuple(f"{name}[{k}]" for name in _NAMES)) for k, one in enumerate(zip(images, texts, scales))
     ]
@@ -241,4 +241,4 @@ def _direction_loss(side: Side, of_teachers: TeacherSide, scale: Tensor) -> Tens
     """
     share = torch.sigmoid(of_teachers.neg - of_teachers.pos).detach()  # (K, M): the teachers' probability of negatives
     gap = side.pos - scale.to(side.pos.dtype) * of_teachers.cosine
-    return direction_loss(side, None, 0.0, None) + (share * gap).mean(0)
+    return row_losses(side, None) + (share * gap).mean(0)

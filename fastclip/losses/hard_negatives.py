@@ -137,9 +137,8 @@ def _search(p: Problem, k: int) -> HardestNegatives:
     for i in range(0, M, height):
         rows = slice(i, min(i + height, M))
         found = largest(_Negatives(p, r, c, rows), blocks, k, ties[rows])
-        some = found.values != -torch.inf
         at = rows, slice(found.values.shape[1])
-        values[at], indices[at] = found.values, found.indices.where(some, -1)
+        values[at], indices[at] = found.values, found.indices.where(found.values != -torch.inf, -1)
     return HardestNegatives(values, indices)
 
 

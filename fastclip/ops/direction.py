@@ -23,7 +23,7 @@ from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 __all__ = ["one_direction", "one_pass"]
 
 _ROWS = (
-    "Tensor image, Tensor text, Tensor scale, Tensor divisor, Tensor? image_label, Tensor? text_label, "
+    "Tensor image, Tensor text, Tensor scale, Tensor divisor, Tensor? image_labels, Tensor? text_labels, "
     "Tensor? row_count, SymInt offset, bool exclude_self, bool normalize, str? backend, bool[] needs"
 )
 torch.library.define("fastclip::direction_fwd", f"({_ROWS}) -> ({', '.join(['Tensor'] * 4)})", tags=TAGS)
@@ -39,8 +39,8 @@ class _Rows(NamedTuple):
     text: Tensor
     scale: Tensor
     divisor: Tensor
-    image_label: Tensor | None
-    text_label: Tensor | None
+    image_labels: Tensor | None
+    text_labels: Tensor | None
     row_count: Tensor | None
     offset: int
     exclude_self: bool
@@ -53,8 +53,8 @@ class _Rows(NamedTuple):
 
     def problem(self) -> Problem:
         labels = None
-        if self.image_label is not None and self.text_label is not None:
-            labels = self.image_label, self.text_label
+        if self.image_labels is not None and self.text_labels is not None:
+            labels = self.image_labels, self.text_labels
         return Problem(self.image, self.text, self.scale, labels, self.offset, self.exclude_self, self.normalize)
 
 
@@ -209,8 +209,8 @@ def one_direction(
         return dense
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
-    image_label, text_label = p.labels or (None, None)
-    problem = p.image, p.text, p.scale, divisor, image_label, text_label, count, p.offset, p.exclude_self, p.normalize
+    image_labels, text_labels = p.labels or (None, None)
+    problem = p.image, p.text, p.scale, divisor, image_labels, text_labels, count, p.offset, p.exclude_self, p.normalize
     rows = _Rows(*problem, backend, needs)
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives

@@ -65,7 +65,9 @@ class Pairs(NamedTuple):
 def pairs_of(p: Problem, bias: Tensor, divisor: int, backend: str | None, needs: Sequence[bool]) -> Pairs:
     """Return the first arguments of the ops for a problem."""
     options = divisor, p.offset, p.normalize, backend, needs
-    return Pairs(*p[:3], bias, *options, *(p.labels or (None, None)), p.exclude_self, *(p.limits or (None, None)))
+    (image_labels, text_labels), (row_limits, col_limits) = p.labels or (None, None), p.limits or (None, None)
+    filters = image_labels, text_labels, p.exclude_self, row_limits, col_limits
+    return Pairs(p.image, p.text, p.scale, bias, *options, *filters)
 
 
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
@@ -169,11 +171,10 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        image, text, scale, bias, options, dtype, module, p = args
-        divisor, _, _, _, needs, *_ = options
+        image, text, scale, bias, p, divisor, backend, needs, dtype, module = args
         loss, *grads = module.sigmoid_fwd(p, bias, divisor, needs, dtype)
         ctx.save_for_backward(image, text, scale, bias, *grads)
-        ctx.options, ctx.module = options, module
+        ctx.options, ctx.divisor, ctx.backend, ctx.module = p[3:], divisor, backend, module
         return loss
 
     @staticmethod
@@ -182,7 +183,8 @@ class _Sigmoid(torch.autograd.Function):
         image, text, scale, bias, d_image, d_text, d_scale, d_bias = ctx.saved_tensors
         inputs = image, text, scale, bias
         if torch.is_grad_enabled():  # create_graph=True: the graph must contain the op
-            pairs = Pairs(*inputs, *ctx.options)._replace(needs=list(ctx.needs_input_grad[:4]))
+            p = Problem(image, text, scale, *ctx.options)
+            pairs = pairs_of(p, bias, ctx.divisor, ctx.backend, list(ctx.needs_input_grad[:4]))
             out = _gradients(pairs, (d_image, d_text, d_scale, d_bias), d_loss)
         elif not direct(d_loss):  # a kernel cannot read d_loss at its address
             out = reference.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
@@ -190,7 +192,7 @@ class _Sigmoid(torch.autograd.Function):
             # A hook of the user may have changed their layout. Scalars have no strides.
             d_image, d_text = [None if d is None else d.contiguous() for d in (d_image, d_text)]
             out = ctx.module.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
-        return *out, None, None, None, None
+        return *out, *[None] * 6
 
 
 def sigmoid_pairs(
@@ -209,10 +211,10 @@ def sigmoid_pairs(
         assert dense is not None
         return dense
     differentiable = torch.is_grad_enabled()
-    pairs = pairs_of(p, bias, divisor, backend, [differentiable and x.requires_grad for x in tensors])
+    needs = [differentiable and x.requires_grad for x in tensors]
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # the op has the reference's second derivatives
-        loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*pairs)[0]
+        loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*pairs_of(p, bias, divisor, backend, needs))[0]
         return loss.to(dtype)
-    eager: Tensor = _Sigmoid.apply(*tensors, pairs[4:], dtype, module, p)
+    eager: Tensor = _Sigmoid.apply(*tensors, p, divisor, backend, needs, dtype, module)
     return eager

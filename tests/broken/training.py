@@ -258,7 +258,7 @@ PROMISES = [
             Break(
                 "trainer: files win",
                 "fastclip/training/options.py",
-                old="args=[*from_files, *given]",
+                old='args=[*from_files, *joined("--distill", given)]',
                 new="args=[*given, *from_files]",
             ),
         ],

@@ -189,7 +189,7 @@ def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
     image[:, 0] = text[:, 0] = 1.0
     image, text = (x.to(device_of(backend)) for x in (image, text))
     scale = torch.tensor(1 / 0.07, device=image.device)
-    z = scale * (image @ text.T)
+    z = scale * image @ text.T
     problem = Problem(image, text, scale, offset=10**6, normalize=False, limits=(z.median(1)[0], z.median(0)[0]))
     stats = by_side(torch.ops.fastclip.contrastive_fwd(*arguments(problem, backend)))
     totals = []

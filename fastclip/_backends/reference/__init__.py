@@ -9,11 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastclip._backends.reference.contrastive import contrastive_bwd, contrastive_fwd, row_losses
-from fastclip._backends.reference.direction import direction_bwd, direction_fits, direction_fwd
+from fastclip._backends.reference.direction import direction_fits, direction_fwd
 from fastclip._backends.reference.distillation import distill_bwd, distill_fwd
 from fastclip._backends.reference.matrix import EPS, inv_norms, norms, saved_dtype, unit_rows, wide_dtype
+from fastclip._backends.reference.matrix import kept_gradients as direction_bwd
+from fastclip._backends.reference.matrix import kept_gradients as sigmoid_bwd
 from fastclip._backends.reference.plain import plain_bwd, plain_fwd, plain_saved
-from fastclip._backends.reference.sigmoid import sigmoid_bwd, sigmoid_fwd
+from fastclip._backends.reference.sigmoid import sigmoid_fwd
 
 __all__ = [
     "EPS",

@@ -29,8 +29,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     error of 4e-6. The inverse norms are the result of `inv_norms`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    # The same bits as in the backward pass, so that both compare the same numbers with the limits
-    z = p.scale.to(r.dtype) * (unit_rows(p.image, r) @ unit_rows(p.text, c).T)
+    z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
     positive, negatives = positive_and_negatives(z, p)
     z_positive = torch.where(positive, z, 0.0)
     dims, wide = (1, 0), wide_dtype(z.device)  # a row's statistics are over the columns
@@ -67,8 +66,9 @@ def derivatives(p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads]) ->
     rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
     d_rows, d_cols = (SideGrads(*(d.to(dtype) for d in side)) for side in grads)
     s = p.scale.to(dtype)
-    cosine = unit_rows(p.image, rows.inv_norm) @ unit_rows(p.text, cols.inv_norm).T
-    z = s * cosine
+    u, v = unit_rows(p.image, rows.inv_norm), unit_rows(p.text, cols.inv_norm)
+    cosine = u @ v.T
+    z = s * cosine if p.limits is None else s * u @ v.T  # limits are compared with the bits of the forward pass
     positive, (row_negative, col_negative) = positive_and_negatives(z, p)
     g = softmax_weights(z, row_negative, rows.neg, d_rows.neg, 1)
     g = g + softmax_weights(z, col_negative, cols.neg, d_cols.neg, 0)

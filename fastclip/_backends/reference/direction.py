@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastclip._backends.problem import Problem, Side, SideGrads
 from fastclip._backends.reference.contrastive import contrastive_fwd, derivatives, gradients, row_losses
 from fastclip._backends.reference.matrix import in_dtypes, saved_dtype
-from fastclip._backends.reference.sigmoid import sigmoid_bwd
 
-__all__ = ["direction_bwd", "direction_fits", "direction_fwd"]
+__all__ = ["direction_fits", "direction_fwd"]
 
 
 def direction_fits(image: Tensor, text: Tensor) -> bool:
@@ -36,11 +33,6 @@ def direction_fwd(
     g, cosine, s = derivatives(p, stats, (d_rows, d_cols))
     grads = gradients(p, stats, s * g, (g * cosine).sum(), needs)
     return loss, *in_dtypes(grads, saved_dtype(p.image), saved_dtype(p.text), p.scale.dtype)
-
-
-def direction_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients from `direction_fwd` times d_loss (), in the dtypes of the three inputs."""
-    return sigmoid_bwd(inputs, kept, d_loss)
 
 
 def _row_derivatives(side: Side, count: Tensor | None) -> SideGrads:

@@ -14,6 +14,7 @@ __all__ = [
     "diagonal",
     "in_dtypes",
     "inv_norms",
+    "kept_gradients",
     "largest",
     "logsumexp",
     "norms",
@@ -118,3 +119,20 @@ def saved_dtype(x: Tensor) -> torch.dtype:
     d_loss, which includes a gradient scaler's factor.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def kept_gradients(
+    inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that a forward pass computed and saved times d_loss (), in the dtypes of the inputs."""
+    out: list[Tensor | None] = []
+    for x, d in zip(inputs, kept):
+        if d is None:
+            out.append(None)
+            continue
+        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
+        # d_loss stays in fp32. A zero-dimensional tensor does not promote the dtype of the saved gradient d, so a
+        # bfloat16 product is rounded only once.
+        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))
+        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
+    return tuple(out)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +16,7 @@ from fastclip._backends.reference.matrix import (
     wide_dtype,
 )
 
-__all__ = ["sigmoid_bwd", "sigmoid_fwd"]
+__all__ = ["sigmoid_fwd"]
 
 
 def sigmoid_fwd(
@@ -51,18 +49,3 @@ def sigmoid_fwd(
         (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
         g.sum().to(bias.dtype) if needs[3] else None,
     )
-
-
-def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients from `sigmoid_fwd` times d_loss (), in the dtypes of the four inputs."""
-    out: list[Tensor | None] = []
-    for x, d in zip(inputs, kept):
-        if d is None:
-            out.append(None)
-            continue
-        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
-        # d_loss stays in fp32. A zero-dimensional tensor does not promote the dtype of the saved gradient d, so a
-        # bfloat16 product is rounded only once.
-        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))
-        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
-    return tuple(out)
