@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastclip.distributed import check_group, meet, reported
 from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.global_contrastive import GlobalContrastiveLoss
 from fastclip.losses.inputs.arguments import check_features, describe, number
 
 __all__ = ["matryoshka_loss"]
@@ -39,7 +40,8 @@ def matryoshka_loss(
             of each row, of the first 128, and so on.
         weights: one finite number per prefix (default: 1 each).
         loss: function to use in place of `contrastive_loss`, such as `sigmoid_loss`, which is called with the prefixes
-            of both features, ``logit_scale`` and the options.
+            of both features, ``logit_scale`` and the options. It must normalise the features itself, because a prefix
+            of a row of norm 1 is shorter than 1: `ClipLoss` and ``normalize=False`` compute other logits.
         options: options of `contrastive_loss` (or of ``loss``), except ``reduction="none"``.
 
     Returns:
@@ -48,7 +50,9 @@ def matryoshka_loss(
     Raises:
         ValueError: prefixes are missing, repeated or not in the range from 1 to D, the number of weights differs, or a
             weight is not finite. Also the errors of the loss.
-        TypeError: a prefix is not an integer, or a weight is not a number. Also the errors of the loss.
+        TypeError: a prefix is not an integer, a weight is not a number, or ``loss`` is not a function or is a
+            `GlobalContrastiveLoss`, whose running means belong to samples, not to prefixes. Also the errors of the
+            loss.
     """
     group, equal_shards = check_group(options.get("group")), options.get("equal_shards", False)
     with reported(group, equal_shards, image_features):
@@ -58,12 +62,12 @@ def matryoshka_loss(
             features = describe("image_features", image_features)
             raise ValueError(f"prefixes must be at most D, got {max(sizes)} for {features}")
         factors = _check_weights(weights, len(sizes))
+        function = _check_loss(loss)
         if options.get("reduction") == "none":
             raise ValueError("matryoshka_loss sums over prefixes: reduction must be 'mean' or 'sum', got 'none'")
     if group is not None:  # each prefix is a call of the loss, and ranks with fewer calls would leave others waiting
         agreed = {"function": "matryoshka_loss", "prefixes": sizes, "weights": factors}
         meet(group, image_features, text_features, {}, agreed, equal_shards)
-    function: Callable[..., Any] = contrastive_loss if loss is None else loss
     losses = [
         factor * function(image_features[:, :d], text_features[:, :d], logit_scale, **options)
         for d, factor in zip(sizes, factors)
@@ -84,6 +88,17 @@ def _check_prefixes(prefixes: Any) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"prefixes must be distinct integers of at least 1, got {tuple(sizes)}")
     return tuple(sizes)
+
+
+def _check_loss(loss: Any) -> Callable[..., Any]:
+    if isinstance(loss, GlobalContrastiveLoss):
+        raise TypeError(
+            "loss must not be a GlobalContrastiveLoss: it keeps one running mean per sample, which the prefixes would "
+            "mix. Add the losses of one GlobalContrastiveLoss for each prefix"
+        )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function, such as fastclip.sigmoid_loss, got {type(loss).__name__}")
+    return contrastive_loss if loss is None else loss
 
 
 def _check_weights(weights: Iterable[float] | None, count: int) -> Sequence[float]:

@@ -132,6 +132,12 @@ ERRORS = {
     "infinite": ({"prefixes": (4,), "weights": (torch.inf,)}, ValueError, r"one finite number .* got \[inf\]"),
     "a word": ({"prefixes": (4,), "weights": ("1",)}, TypeError, r"weights\[0\] must be a number, got str"),
     "none reduction": ({"prefixes": (4,), "reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
+    "global": (
+        {"prefixes": (4,), "loss": fastclip.GlobalContrastiveLoss(9), "index": torch.arange(4)},
+        TypeError,
+        "loss must not be a GlobalContrastiveLoss: it keeps one running mean per sample",
+    ),
+    "no function": ({"prefixes": (4,), "loss": "sigmoid"}, TypeError, "loss must be a function.*, got str"),
     "unknown option": ({"prefixes": (4,), "temperature": 1.0}, TypeError, "temperature"),
 }
 

@@ -127,6 +127,8 @@ def test_unknown_optimiser_and_loss_are_named() -> None:
         named_loss("global")
     with pytest.raises(ValueError, match="no image_weight"):
         named_loss("siglip", image_weight=0.0)
+    with pytest.raises(ValueError, match="global loss has no prefixes"):
+        named_loss("global", samples=SAMPLES, prefixes=(8, 16))
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_told() -> None:

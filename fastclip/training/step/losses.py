@@ -54,8 +54,7 @@ def named_loss(
         temperature: fixed temperature of the global loss (default: it is trained).
 
     Raises:
-        ValueError: the name is unknown, or the siglip or global loss is given one of the two options that it does not
-            have.
+        ValueError: the name is unknown, or the siglip or global loss is given an option that it does not have.
     """
     shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
 
@@ -78,6 +77,8 @@ def named_loss(
 
     if name in ("siglip", "global") and (label_smoothing or image_weight is not None):
         raise ValueError(f"the {name} loss has no {'label smoothing' if label_smoothing else 'image_weight'}")
+    if name == "global" and prefixes is not None:
+        raise ValueError("the global loss has no prefixes: its running means belong to samples, not to prefixes")
     if name == "global":
         module = GlobalContrastiveLoss(samples, rho=rho, **shared)  # type: ignore[arg-type]  # checks `samples`
 
