@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from support import ROOT
 from support.pages import blocks
+from support.processes import ended, forked, forks, join_group
 
 N, D, SCALE = 120, 48, 20.0
 BACKENDS = {"reference": torch.float64, "cpu": torch.float32}
@@ -164,3 +167,60 @@ def test_global_loss() -> None:
         return loss
 
     compare(recipe, dense, features(2))
+
+
+PARTS = (slice(0, 50), slice(50, 3 * N))  # of the queue, with more rows on the second rank
+SHARDED = {
+    "decoupled_loss": 2,
+    "joint_loss": 2,
+    "own_hard_negative_loss": 3,
+    "all_hard_loss": 3,
+    "queue_loss": 2,
+    "global_loss": 2,
+}
+
+
+def gradients(name: str, rows: slice, part: slice, **options: Any) -> list[Tensor]:
+    """Return the value and the gradients of a recipe for rows of the batch and a part of the queue."""
+    leaves = [x[rows].clone().requires_grad_() for x in features(SHARDED[name])]
+    scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
+    numbers = torch.Generator().manual_seed(1)
+    more: list[Any] = [scale]
+    if name == "queue_loss":
+        more = [torch.randn(3 * N, D, generator=numbers, dtype=torch.float64)[part], scale]
+    if name == "global_loss":
+        estimates = 5 * torch.rand(2, N, generator=numbers, dtype=torch.float64)
+        more = [scale, *estimates[:, rows], 0.6]
+        options["batch"] = N
+    value = page()[name](*leaves, *more, **options)
+    return [value.detach(), *torch.autograd.grad(value, [*leaves, scale])]
+
+
+def work(rank: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    join_group(rank, 2, folder)
+    rows, group = slice(rank * N // 2, (rank + 1) * N // 2), dist.group.WORLD
+    found = {
+        f"{name} {comm}": gradients(name, rows, PARTS[rank], group=group, comm=comm)
+        for name in SHARDED
+        for comm in ("gather", "ring")
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@forks
+def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
+    """The mean over processes is the loss of the whole batch and queue, also in its gradients."""
+    expected = {name: gradients(name, slice(0, N), slice(0, 3 * N)) for name in SHARDED}
+    for pid in [forked(lambda rank=rank: work(rank, tmp_path), tmp_path / f"said {rank}") for rank in range(2)]:  # type: ignore[misc]
+        assert ended(pid, 60) == 0, [path.read_text() for path in tmp_path.glob("said *")]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, (loss, *whole, d_scale) in expected.items():
+        for comm in ("gather", "ring"):
+            value, *shards, of_scale = zip(*(found[f"{name} {comm}"] for found in ranks))
+            for ours, true in ((value, loss), (of_scale, d_scale)):
+                torch.testing.assert_close(torch.stack(ours).mean(), true, rtol=1e-12, atol=0.0)
+            for ours, true in zip(shards, whole, strict=True):
+                assert float((torch.cat(ours) / 2 - true).norm() / true.norm()) < 1e-12, f"{name} {comm}"
