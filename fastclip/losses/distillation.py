@@ -183,11 +183,17 @@ def _teachers(images: Any, texts: Any, scales: Any) -> list[_Teacher]:
         return [_Teacher(images, texts, scales, _NAMES)]
     counts = {name: len(x) if name in lists else 1 for name, x in given.items()}
     if len(lists) < 3 or len(set(counts.values())) > 1 or 0 in counts.values():
-        given_as = (f"{name} {f'a list of {counts[name]}' if name in lists else 'no list'}" for name in _NAMES)
-        raise ValueError(f"pass one list element for each teacher in all three arguments: {', '.join(given_as)}")
+        kinds = (f"{name} {_kind(x)}" for name, x in given.items())
+        raise ValueError(f"pass one list element for each teacher in all three arguments: {', '.join(kinds)}")
     return [
         _Teacher(*one, tuple(f"{name}[{k}]" for name in _NAMES)) for k, one in enumerate(zip(images, texts, scales))
     ]
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"a list of {len(x)}"
+    return f"no list but a {type(x).__name__}{f' {tuple(x.shape)}' if isinstance(x, Tensor) else ''}"
 
 
 def _checked(teacher: _Teacher, student: Problem, features: Tensor, options: dict[str, Any]) -> Problem:

@@ -44,8 +44,8 @@ def logit_statistics(
     """Compute log-sum-exps and sums of the M x N logits along both directions, with gradients, in bounded memory.
 
     Any loss that depends on the logits through these six vectors is a few lines of torch. Its forward and backward
-    pass together take 8 M N D operations, and no M x N matrix is stored. The decoupled contrastive loss (Yeh et al.
-    2022), for example::
+    pass together take 8 M N D operations, and only the reference backend stores an M x N matrix whatever its size. The
+    decoupled contrastive loss (Yeh et al. 2022), for example::
 
         s = fastclip.logit_statistics(image_features, text_features, logit_scale)
         loss = ((s.row_neg - s.row_pos) + (s.col_neg - s.col_pos)).mean() / 2

@@ -46,6 +46,25 @@ PROMISES = [
         ],
     ),
     Promise(
+        PROCESSES,
+        "Every recipe of the documentation has the value and gradients of one process in two",
+        tests=["losses/test_recipes.py::test_two_processes_have_the_loss_of_one"],
+        breaks=[
+            Break(
+                "texts of all processes with the same numbers",
+                "docs/recipes.md",
+                old="(rank << 40)",
+                new="(0 << 40)",
+            ),
+            Break(
+                "one of three parts without the group",
+                "docs/recipes.md",
+                old='"exclude_self": True, **options}',
+                new='"exclude_self": True}',
+            ),
+        ],
+    ),
+    Promise(
         NUMBERS,
         "Every recipe of the documentation has the value and gradients of its reference: sentence-transformers, or the "
         "dense formula in float64",

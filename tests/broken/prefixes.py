@@ -42,6 +42,28 @@ PROMISES = [
         ],
     ),
     Promise(
+        NUMBERS,
+        "`matryoshka_loss` refuses the global loss, whose running means the prefixes would mix",
+        tests=[
+            "losses/test_matryoshka.py::test_matryoshka_misfit_raises",
+            "training/test_step.py::test_unknown_optimiser_and_loss_are_named",
+        ],
+        breaks=[
+            Break(
+                "prefixes: the global loss is taken",
+                "fastclip/losses/matryoshka.py",
+                old="if isinstance(loss, GlobalContrastiveLoss):",
+                new="if False:",
+            ),
+            Break(
+                "prefixes: left out of the global loss",
+                "fastclip/training/step/losses.py",
+                old='if name == "global" and prefixes is not None:',
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
         PROCESSES,
         "`matryoshka_loss` over several processes is that of one; other prefixes or weights on a rank are an error",
         tests=["losses/test_matryoshka.py::test_ranks_have_the_loss_of_one_process"],

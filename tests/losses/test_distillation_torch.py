@@ -169,7 +169,31 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
         (*X, 5.0, [Y[0]], [Y[1]], 5.0),
         {},
         ValueError,
-        "one list element for each teacher in all three arguments: .*teacher_logit_scale no list",
+        "one list element for each teacher in all three arguments: .*teacher_logit_scale no list but a float",
+    ),
+    "scales in a tensor": (
+        (*X, 5.0, [Y[0]] * 2, [Y[1]] * 2, torch.ones(2)),
+        {},
+        ValueError,
+        r"teacher_text_features a list of 2, teacher_logit_scale no list but a Tensor \(2,\)",
+    ),
+    "fewer scales than teachers": (
+        (*X, 5.0, [Y[0]] * 2, [Y[1]] * 2, [5.0]),
+        {},
+        ValueError,
+        "teacher_text_features a list of 2, teacher_logit_scale a list of 1",
+    ),
+    "two scales of one teacher": (
+        (*X, 5.0, *Y, torch.ones(2)),
+        {},
+        ValueError,
+        r"teacher_logit_scale must have one element: teacher_logit_scale \(2,\) float32 on cpu",
+    ),
+    "two scales in an element": (
+        (*X, 5.0, [Y[0]] * 2, [Y[1]] * 2, [5.0, torch.ones(2)]),
+        {},
+        ValueError,
+        r"teacher_logit_scale\[1\] must have one element: teacher_logit_scale\[1\] \(2,\) float32 on cpu",
     ),
     "unequal lists": (
         (*X, 5.0, [Y[0]], [Y[1]], [5.0, 6.0]),
