@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip._backends.problem import Side
@@ -38,8 +39,9 @@ class GlobalContrastiveLoss(nn.Module):
 
     The state, which `state_dict` holds, is the logarithm of u in two buffers (samples,), ``log_u_image`` for the images
     (over all texts) and ``log_u_text`` for the texts. It is -inf for samples that were not seen. The logarithm never
-    overflows: at a logit_scale of 100, g_i reaches exp(200). A call in training mode updates the state, a call in eval
-    mode does not. A call that is evaluated twice, as under activation checkpointing, updates it twice.
+    overflows: at a logit_scale of 100, g_i reaches exp(200). A call updates the state in training mode and with
+    gradients enabled, so that neither eval mode nor validation under `torch.no_grad` changes it. A call that is
+    evaluated twice, as under activation checkpointing, updates it twice.
 
     Args:
         samples: number of pairs in the dataset.
@@ -50,7 +52,8 @@ class GlobalContrastiveLoss(nn.Module):
         eps: number added to u, at least 0. It limits the weight of pairs whose g_i is below it.
         normalize, comm, equal_shards, backend: as in `contrastive_loss`.
         group: process group or device mesh, as in `contrastive_loss`. Each rank passes its shard of the batch. All
-            ranks exchange their g_i and hold the same state.
+            ranks exchange their g_i and hold the same state, bit for bit. Before `init_process_group`,
+            ``torch.distributed.group.WORLD`` is None: build the loss afterwards, or set the attribute ``group``.
 
     Raises:
         ValueError: a number is out of range, or an option does not exist.
@@ -91,6 +94,7 @@ class GlobalContrastiveLoss(nn.Module):
             raise ValueError(f"rho must be finite, got {rho}")
         self.normalize, self.equal_shards = flag("normalize", normalize), flag("equal_shards", equal_shards)
         self.group, self.comm, self.backend = group, comm, backend
+        self._before_ranks = group is None and not _ranks()
         for name in ("log_u_image", "log_u_text"):
             self.register_buffer(name, torch.full((samples,), -torch.inf, dtype=torch.float32))
 
@@ -103,8 +107,9 @@ class GlobalContrastiveLoss(nn.Module):
         """Return the loss of a batch and update the state.
 
         Pairs of the same sample are not negatives of each other. Their positive logit is the mean over all images and
-        texts of the sample, and u_i is updated once, with the mean of their g_i. A pair without a negative has no
-        gradient. An u_i is not updated by a g_i that is not finite, so that a step with an overflow can be skipped.
+        texts of the sample, and u_i is updated once, with the mean of their g_i. A pair without a negative has a loss
+        of 0, no gradient and no update. An u_i is not updated by a g_i that is not finite, so that a step with an
+        overflow can be skipped.
 
         Args:
             image_features, text_features: (N, D), float32, bfloat16, float16 or float64. Text i belongs to image i.
@@ -121,9 +126,17 @@ class GlobalContrastiveLoss(nn.Module):
             ValueError: shapes, devices or options do not fit, an index is out of range, or the batch has one pair.
             TypeError: the features are not floating-point tensors of one dtype, the index is no tensor of integers, or
                 the state has been converted to 16 bits.
-            RuntimeError: as in `contrastive_loss`.
+            RuntimeError: as in `contrastive_loss`. Also if the loss was built without a group before
+                `init_process_group`, and there are several processes now.
         """
         group = check_group(self.group)
+        if group is None and self._before_ranks and _ranks() > 1:
+            raise RuntimeError(
+                "the loss was built before init_process_group, when torch.distributed.group.WORLD was None, and would "
+                "ignore the other processes: set loss.group = torch.distributed.group.WORLD, or build the loss after "
+                "init_process_group (with group=None if each process shall have its own loss)"
+            )
+        updates = self.training and torch.is_grad_enabled()
         with reported(group, self.equal_shards, image_features):
             check_comm(self.comm)
             gamma = _checked_gamma(self.gamma)
@@ -134,7 +147,7 @@ class GlobalContrastiveLoss(nn.Module):
             "samples": self.samples,
             "gamma": gamma,
             "rho and eps": (self.rho, self.eps),
-            "training": self.training,
+            "training with gradients enabled": updates,
         }
         batch = prepare(
             image_features,
@@ -160,15 +173,17 @@ class GlobalContrastiveLoss(nn.Module):
         repeats, _ = batch.counts  # the same for images and texts
         negatives = N - repeats
         log_g = torch.stack([_log_mean(side, repeats, negatives) for side in sides], dim=1)
-        log_u = self._estimates(index, log_g.detach(), gamma, shards)
+        log_u = self._estimates(index, log_g.detach(), gamma if updates else None, shards)
         if self.eps:
             log_u = torch.logaddexp(log_u, torch.full_like(log_u, math.log(self.eps)))
-        # A row without a negative has g = 0, and an estimator of 0 if it was not seen before
-        log_u = torch.where(negatives[:, None] > 0, log_u, 0.0)
+        # Without a negative log g is -inf, and log u may be: masked, because 0 times NaN is a gradient of NaN
+        negative = negatives[:, None] > 0
+        log_u = torch.where(negative, log_u, 0.0)
         ratio = torch.exp(log_g - log_u)
         losses = log_u + (ratio - ratio.detach())
         if self.rho is not None:
             losses = (losses + self.rho) / scale
+        losses = torch.where(negative, losses, 0.0)  # last, because rho / scale has a gradient, too
         total = losses.sum() / (2 * N)
         return (total if shards is None else shards.ranks * total).to(scale.dtype)
 
@@ -205,10 +220,11 @@ class GlobalContrastiveLoss(nn.Module):
         return index.long().to(device, non_blocking=True)
 
     @torch.no_grad()
-    def _estimates(self, index: Tensor, log_g: Tensor, gamma: float, shards: Shards | None) -> Tensor:
+    def _estimates(self, index: Tensor, log_g: Tensor, gamma: float | None, shards: Shards | None) -> Tensor:
         """Update the state from this rank's log g (n, 2), and return the logarithms of its u, (n, 2).
 
-        Every rank makes the updates of all ranks, in the same order, so that all of them have the same bits.
+        Every rank makes the updates of all ranks, and no sum depends on an order, so that all of them have the same
+        bits. The state is only read if gamma is None.
         """
         own = slice(None)
         if shards is not None:
@@ -218,7 +234,7 @@ class GlobalContrastiveLoss(nn.Module):
         log_g = _mean_of_repeats(index, log_g)
         before = torch.stack([self.log_u_image[index], self.log_u_text[index]], dim=1).to(log_g.dtype)
         log_u = torch.where(before == -torch.inf, log_g, before)
-        if self.training:
+        if gamma is not None:
             rest = math.log1p(-gamma) if gamma < 1 else -math.inf
             moved = torch.where(before == -torch.inf, log_g, torch.logaddexp(before + rest, log_g + math.log(gamma)))
             log_u = torch.where(log_g.isfinite(), moved, before)
@@ -246,11 +262,18 @@ def _log_mean(side: Side, repeats: Tensor, negatives: Tensor) -> Tensor:
 def _mean_of_repeats(index: Tensor, log_g: Tensor) -> Tensor:
     """Replace log g (N, 2) of samples that occur several times by the logarithm of the mean of their g.
 
-    No shape depends on the data, so that the host need not wait. Samples that occur once keep their bits.
+    No shape depends on the data, so that the host need not wait. Samples that occur once keep their bits. A GPU adds
+    at equal places in any order, so that the sums are those of integers, multiples of 2^-62, which no order changes.
     """
     places = torch.searchsorted(index.sort().values, index)  # equal for equal samples
-    count = torch.zeros_like(index).index_add_(0, places, torch.ones_like(index))[places]
-    spread = places[:, None].expand_as(log_g)
-    top = torch.full_like(log_g, -torch.inf).scatter_reduce_(0, spread, log_g, "amax")[places]
-    total = torch.zeros_like(log_g).index_add_(0, places, (log_g - top).exp())[places]
-    return total.log() + top - count[:, None].to(log_g.dtype).log()
+    count = torch.zeros_like(index).index_add_(0, places, torch.ones_like(index))[places, None]
+    top = torch.full_like(log_g, -torch.inf)
+    top = top.scatter_reduce_(0, places[:, None].expand_as(log_g), log_g, "amax")[places]
+    shares = ((log_g - top).exp() / count).nan_to_num(0.0)  # of the mean, which is at most 1: the sum cannot overflow
+    mean = torch.zeros_like(log_g, dtype=torch.int64).index_add_(0, places, (shares * 2.0**62).long())[places]
+    return (mean.to(log_g.dtype) * 2.0**-62).log() + top
+
+
+def _ranks() -> int:
+    """Return the number of processes of `torch.distributed`'s default group, or 0 if it is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0

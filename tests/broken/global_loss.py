@@ -61,13 +61,58 @@ PROMISES = [
         ],
     ),
     Promise(
+        NUMBERS,
+        "Validation leaves the global loss's means alone, in eval mode or without gradients; a batch of one sample has "
+        "no gradient",
+        tests=[
+            "losses/test_global_contrastive.py::test_validation_reads_the_state_only",
+            "losses/test_global_contrastive.py::test_batch_of_one_sample_has_no_gradient",
+        ],
+        breaks=[
+            Break(
+                "a call under no_grad changes the means",
+                _LOSS,
+                old="updates = self.training and torch.is_grad_enabled()",
+                new="updates = self.training",
+            ),
+            Break(
+                "rho has a gradient without negatives",
+                _LOSS,
+                old="losses = torch.where(negative, losses, 0.0)",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        PROCESSES,
+        "A global loss that was built before `init_process_group` says so, and is not that of one process",
+        tests=[
+            "distributed/test_global_contrastive.py::test_loss_that_was_built_before_the_group_is_refused",
+        ],
+        breaks=[
+            Break(
+                "the other processes are ignored",
+                _LOSS,
+                old="if group is None and self._before_ranks and _ranks() > 1:",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
         PROCESSES,
         "The global loss over several processes is that of one process, and all of them hold the same running means, "
         "bit for bit",
         tests=[
             "distributed/test_global_contrastive.py::test_ranks_compute_the_loss_of_the_batch",
+            "losses/test_global_contrastive.py::test_means_of_repeats_depend_on_no_order",
         ],
         breaks=[
+            Break(
+                "the mean of repeats depends on the order in which a GPU adds",
+                _LOSS,
+                old="torch.zeros_like(log_g, dtype=torch.int64).index_add_(0, places, (shares * 2.0**62).long())",
+                new="torch.zeros_like(log_g).index_add_(0, places, shares * 2.0**62)",
+            ),
             Break(
                 "a rank reads the estimators of the first rows",
                 _LOSS,

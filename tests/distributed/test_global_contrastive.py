@@ -46,6 +46,7 @@ def run(own: slice = slice(None), **options: Any) -> tuple[list[list[Tensor]], d
 
 def work(rank: int, W: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    early = fastclip.GlobalContrastiveLoss(SAMPLES, 0.6, rho=2.0, group=dist.group.WORLD).double()
     join_group(rank, W, folder, seconds=120)
     group, sizes = dist.group.WORLD, SHARDS[W]
     start = sum(sizes[:rank])
@@ -56,6 +57,11 @@ def work(rank: int, W: int, folder: Path) -> None:
     image, text, scale, index = batch(0, own)
     loss = fastclip.GlobalContrastiveLoss(SAMPLES, 0.5 if rank else 0.6, group=group)
     results["gammas differ"] = refused(loss, image, text, scale, index)
+    results["built early"] = refused(early, image, text, scale, index)
+    early.group = group
+    results["group set"] = early(image, text, scale, index).detach()
+    late = fastclip.GlobalContrastiveLoss(SAMPLES, 0.6, rho=2.0, group=None).double()
+    results["each alone"] = late(*batch(0, equal)).isfinite()
     loss.gamma = 0.5
     results["index"] = refused(loss, image, text, scale, index if rank else index + SAMPLES)
     torch.save(results, folder / f"{rank}.pt")
@@ -112,3 +118,12 @@ def test_every_rank_raises_the_error_of_one(ranks: list[Any]) -> None:
     assert all("the ranks of the group disagree on gamma" in found["gammas differ"] for found in ranks)
     assert "index must be from 0 to 19" in ranks[0]["index"]
     assert all("rank 0 of the group refused its arguments: ValueError: index" in found["index"] for found in ranks[1:])
+
+
+def test_loss_that_was_built_before_the_group_is_refused(ranks: list[Any]) -> None:
+    """torch's WORLD is None before `init_process_group`: such a loss would silently be that of one rank. It can be
+    given the group later, and a loss that is built afterwards without a group is of its own rank.
+    """
+    for found in ranks:
+        assert "RuntimeError: the loss was built before init_process_group" in found["built early"]
+        assert torch.equal(found["group set"], found["gather"][0][0][0]) and found["each alone"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
+from fastclip.losses.global_contrastive import _mean_of_repeats as mean_of_repeats
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS, SCALE_GRADIENT
 from support.accuracy import pairs
 from support.global_loss import DenseGlobalLoss
@@ -117,14 +119,17 @@ def test_estimators_do_not_overflow(direction: float) -> None:
         assert ours.log_u_image[index].abs().min() > 150 and ours.log_u_text[index].isfinite().all()
 
 
-def test_eval_mode_reads_the_state_only() -> None:
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode"])
+def test_validation_reads_the_state_only(how: str) -> None:
+    """Neither eval mode nor a call without gradients changes the state, whichever mode the module is in."""
     loss = fastclip.GlobalContrastiveLoss(SAMPLES, 0.5)
     given = steps(torch.float32)
     loss(*given[0][:4])
     before = {name: x.clone() for name, x in loss.state_dict().items()}
-    loss.eval()
-    seen = loss(*given[1][:3], given[0][3])
-    unseen = loss(*given[1][:3], (~torch.isin(torch.arange(SAMPLES), given[0][3])).nonzero()[:N, 0])
+    loss.train(how != "eval")
+    with nullcontext() if how == "eval" else getattr(torch, how)():
+        seen = loss(*given[1][:3], given[0][3])
+        unseen = loss(*given[1][:3], (~torch.isin(torch.arange(SAMPLES), given[0][3])).nonzero()[:N, 0])
     assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
     # The value is that of the running means, and of the batch for samples that have none
     stored = before["log_u_image"][given[0][3]].mean() + before["log_u_text"][given[0][3]].mean()
@@ -158,11 +163,35 @@ def test_step_that_overflows_leaves_the_state() -> None:
     assert not loss.log_u_text.isnan().any()
 
 
-def test_batch_of_one_sample_has_no_gradient() -> None:
-    image, text, scale, _, _ = steps(torch.float32)[0]
-    loss = fastclip.GlobalContrastiveLoss(SAMPLES)
-    value, *gradients = value_and_gradients(loss, image, text, scale, torch.full((N,), 3))
-    assert value == 0 and not any(x.any() for x in gradients) and loss.log_u_image[3] == -torch.inf
+@pytest.mark.parametrize("rho", [None, 6.5])
+def test_batch_of_one_sample_has_no_gradient(rho: float | None) -> None:
+    """Without negatives nothing has a gradient, not even the temperature through rho, seen before or not."""
+    image, text, scale, index, _ = steps(torch.float32)[0]
+    loss = fastclip.GlobalContrastiveLoss(SAMPLES, rho=rho, eps=0.0)
+    for seen in (False, True):
+        if seen:
+            loss(image, text, scale, index)
+        before = loss.log_u_image.clone()
+        value, *gradients = value_and_gradients(loss, image, text, scale, torch.full((N,), int(index[0])))
+        assert value == 0 and not any(x.any() for x in gradients) and torch.equal(loss.log_u_image, before)
+
+
+def test_means_of_repeats_depend_on_no_order() -> None:
+    """A permuted batch, whose sums a GPU may add in any order, gives the same means, bit for bit."""
+    index = torch.tensor([4, 4, 7, 4, 1, 4, 4, 7, 4, 7, 4, 4] * 4)
+    for dtype in (torch.float32, torch.float64):
+        log_g = 3 * torch.randn(48, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        log_g[4::12] = log_g[4]
+        means = mean_of_repeats(index, log_g)
+        for k in (4, 7):
+            of_sample = log_g[index == k]
+            expected = (of_sample.logsumexp(0) - math.log(len(of_sample))).expand_as(of_sample)
+            torch.testing.assert_close(means[index == k], expected)
+        for seed in range(20):
+            order = torch.randperm(48, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(mean_of_repeats(index[order], log_g[order]), means[order])
+    once = torch.arange(48)
+    assert torch.equal(mean_of_repeats(once, log_g), log_g)
 
 
 def test_module_compiles_and_gammas_change() -> None:
