@@ -99,10 +99,13 @@ def whole_rows(p: Problem, shards: Shards | None, image_weight: float) -> Proble
     return p._replace(image=p.text, text=image, labels=labels, offset=offset)
 
 
-def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
-    """Return the largest element () of the vectors x (size,) of all ranks. No element may be negative."""
-    largest = x.amax() if len(x) else x.new_zeros(())
-    return gather_rows(largest.reshape(1), [1] * shards.ranks, shards.group).amax()
+def largest_over_ranks(vectors: Sequence[Tensor], shards: Shards, after: Tensor | None = None) -> Tensor:
+    """Return the largest element of each of the K vectors (size,), over all ranks, (K,). No element may be negative.
+
+    after: result of the previous collective.
+    """
+    largest = torch.stack([x.amax() if len(x) else x.new_zeros(()) for x in vectors])
+    return gather_rows(largest[None], [1] * shards.ranks, shards.group, after).amax(0)
 
 
 def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:

@@ -88,7 +88,7 @@ def contrastive_stats(
         else:
             sides = sharded_maxima(batch.problem, batch.shards, backend)
         losses = direction_losses(batch, sides)
-        margins = ties(batch.problem, batch.shards)
+        margins = ties(batch.problem, batch.shards, after=sides[1].neg)
         hits = [_hits(side, tie) & loss.isfinite() for side, loss, tie in zip(sides, losses, margins)]
         dtype = batch.problem.scale.dtype
         row_lse, col_lse = (_logsumexp(side, batch.problem.labels is not None).to(dtype) for side in sides)

@@ -143,6 +143,12 @@ PROMISES = [
                 new="sums, _ = sum_over_ranks(torch.stack([image_sum, text_sum]), image_sum, shards.group)",
             ),
             Break(
+                "ranks: a collective for each of the largest norms",
+                "fastclip/losses/inputs/limits.py",
+                old="largest_over_ranks((row, col), shards, after).unbind()",
+                new="(largest_over_ranks((x,), shards, after)[0] for x in (row, col))",
+            ),
+            Break(
                 "ranks: a graph for each of a rank's places",
                 "fastclip/ops/contrastive.py",
                 old="Tensor? text_labels, SymInt offset",

@@ -241,10 +241,12 @@ def test_compiled() -> None:
 
 
 def test_compiled_order() -> None:
-    """A compiler may reorder independent operations; compiled and uncompiled ranks still exchange in the same order."""
+    """A compiler may reorder independent operations; compiled and uncompiled ranks still exchange in the same order.
+    Smoothing with labels takes 8 collectives. Limits without normalisation take 6, one of them for both largest norms.
+    """
     for of_rank in ranks(2):
         plain, compiled, graphs = of_rank["compiled_order"]
-        assert plain == compiled and len(plain) == 8
+        assert plain == compiled and len(plain) == 8 + 6
         assert graphs == ranks(2)[0]["compiled_order"][2] <= 2
 
 

@@ -252,7 +252,8 @@ class Rank:
         def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **options: (called.append(f"{name} {args[0].dtype}"), real(*args, **options))[1]
 
-        batch, orders = self.batch("equal", "labels smoothed"), []
+        batches, orders = [self.batch("equal", name) for name in ("labels smoothed", "not normalised")], []
+        batches[1].options["negative_margin"] = -0.1
         torch._dynamo.reset()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "all_gather", watched("all_gather", collectives.all_gather))
@@ -260,10 +261,11 @@ class Rank:
                 patch.setattr(dist, name, watched(name, getattr(dist, name)))
             for is_compiled in (False, self.rank > 0):  # next to a rank that is not compiled
                 called.clear()
-                if is_compiled:
-                    self.compiled_once(batch, "gather", True, "inductor")
-                else:
-                    sharded(batch, self.group, equal_shards=True)
+                for batch in batches:
+                    if is_compiled:
+                        self.compiled_once(batch, "gather", True, "inductor")
+                    else:
+                        sharded(batch, self.group, equal_shards=True)
                 orders.append(list(called))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

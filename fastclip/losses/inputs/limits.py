@@ -30,10 +30,10 @@ def check_margin(negative_margin: Any) -> float | None:
     return margin
 
 
-def ties(p: Problem, shards: Shards | None) -> _Pair:
+def ties(p: Problem, shards: Shards | None, after: Tensor | None = None) -> _Pair:
     """Return the differences below which rounding decides between two logits: of a row (M,) and of a column (N,).
 
-    With shards, the texts of `p` are those of this rank.
+    With shards, the texts of `p` are those of this rank, and `after` is the result of the previous collective.
     """
     near = p.scale.abs() * TIE
     if p.normalize:
@@ -42,7 +42,7 @@ def ties(p: Problem, shards: Shards | None) -> _Pair:
     if shards is None:
         row_top, col_top = row.amax(), col.amax()
     else:
-        row_top, col_top = (largest_over_ranks(x, shards) for x in (row, col))
+        row_top, col_top = largest_over_ranks((row, col), shards, after).unbind()
     return near * row * col_top, near * col * row_top
 
 
@@ -59,7 +59,8 @@ def negative_limits(
     sides = _positive_logits(p, counts, shards, comm, backend)
     near = margin * p.scale.abs()
     dtype = p.scale.dtype
-    row, col = ((positive + near + tie).to(dtype) for positive, tie in zip(sides, ties(p, shards)))
+    margins = ties(p, shards, after=sides[1])
+    row, col = ((positive + near + tie).to(dtype) for positive, tie in zip(sides, margins))
     if shards is not None:
         col = gather_rows(col, shards.texts, shards.group, after=row)
     return row, col
