@@ -44,12 +44,7 @@ def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | Non
 
 def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
     """Return the statistics of `sharded_statistics` and the largest logits. No result has a gradient."""
-    rows, cols = contrastive_maxima(with_all_texts(p, shards), backend)
-    assert cols.neg_top is not None and cols.pos_top is not None
-    tops = exchange_columns(torch.stack([cols.neg_top, cols.pos_top]), shards.texts, shards.group)
-    rows, cols = _own_columns((rows, cols), shards, p.labels is not None)
-    neg_top, pos_top = tops.amax(0)
-    return rows, cols._replace(neg_top=neg_top, pos_top=pos_top)
+    return _own_columns(contrastive_maxima(with_all_texts(p, shards), backend), shards, p.labels is not None)
 
 
 def with_all_texts(p: Problem, shards: Shards, after: Tensor | None = None) -> Problem:
@@ -112,9 +107,14 @@ def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:
     """Replace the partial statistics of all columns by the complete statistics of this rank's texts."""
     rows, cols = stats
     here = shards.own_texts
-    if not labels:  # the only positive of a column is a row of the rank that has the text, so `pos` is complete there
-        (neg,) = exchange_columns(cols.neg[None], shards.texts, shards.group).unbind(1)
-        return rows, Side(merge_logsumexp(neg), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
-    partial = torch.stack([cols.neg, cols.pos, cols.pos_lse])
-    neg, pos, pos_lse = exchange_columns(partial, shards.texts, shards.group).unbind(1)
-    return rows, Side(merge_logsumexp(neg), pos.sum(0), merge_logsumexp(pos_lse), cols.inv_norm[here])
+    # Without labels the only positive of a column is a row of the rank that has the text, so `pos` is complete there
+    partial = [cols.neg, cols.pos, cols.pos_lse] if labels else [cols.neg]
+    if cols.neg_top is not None and cols.pos_top is not None:
+        partial += [cols.neg_top, cols.pos_top]
+    neg, *others = exchange_columns(torch.stack(partial), shards.texts, shards.group).unbind(1)
+    own = Side(merge_logsumexp(neg), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
+    if labels:
+        own = own._replace(pos=others[0].sum(0), pos_lse=merge_logsumexp(others[1]))
+    if cols.neg_top is not None:
+        own = own._replace(neg_top=others[-2].amax(0), pos_top=others[-1].amax(0))
+    return rows, own
