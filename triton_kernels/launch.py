@@ -305,12 +305,12 @@ class TileLaunch:
     ) -> None:
         exact = flags.get("EXACT", False)
         if tile is None:
-            name = kernel.fn.__name__.removesuffix("_kernel") + ("_repair" if exact else "")
             limits = flags.get("LIMITS", False)
+            name = kernel.fn.__name__.removesuffix("_kernel") + ("_repair" if exact and not limits else "")
             tile = choose(name, x, flags.get("LABELS", False) or limits)
-            # With limits the masks take registers: with labels besides, four warps have too few. Forward and backward
-            # have the same tiles then, whose dot products have the same bits, so that both leave out the same pairs.
-            tile = tile._replace(num_warps=8) if limits else tile
+            # With limits forward, backward and their repairs have the same tile, whose dot products have the same bits,
+            # so that all leave out the same pairs. The masks take the registers of eight warps; a repair needs parts.
+            tile = tile._replace(num_warps=8, SPLIT=4 if exact else tile.SPLIT) if limits else tile
         self.kernel, self.tile, self.descriptor = kernel, tile, uses_descriptors(x)
         precision = fp32_products() if x.dtype is torch.float32 else "ieee"
         self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}

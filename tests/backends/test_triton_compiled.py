@@ -101,6 +101,22 @@ def test_every_configuration_is_compiled(machines: dict[int, list[dict[str, Any]
         )
 
 
+@pytest.mark.parametrize("chip", SHARED)
+def test_tiles_with_limits_are_equal(machines: dict[int, list[dict[str, Any]]], chip: int) -> None:
+    """Forward, backward and repairs with limits add the terms of a dot product in the same order, because they have the
+    same tile: a pair near its limit is left out by all of them or by none.
+    """
+    for dtype in ("bfloat16", "float32"):
+        tiles: dict[tuple[str, bool, bool], set[Any]] = {}
+        for m in machines[chip]:
+            flags = m["variant"].split()
+            if m["kernel"] in TILES - {"sigmoid_fwd_kernel"} and m["dtype"] == dtype and "LIMITS" in flags:
+                kind = m["kernel"], "EXACT" in flags, "LABELS" in flags
+                tiles.setdefault(kind, set()).add((*flags[:3], m["warps"]))
+        assert len(tiles) == 8  # forward, backward, their repairs, each without and with labels
+        assert len(set.union(*tiles.values())) == 1, tiles
+
+
 def test_tensor_cores(machines: dict[int, list[dict[str, Any]]]) -> None:
     """Tiles use wgmma and the TMA on Hopper, and mma on Ampere."""
     for m in machines[90]:

@@ -16,8 +16,15 @@ PROMISES = [
             "losses/test_negative_margin.py::test_a_tie_stays_a_negative",
             "losses/test_negative_margin.py::test_every_instruction_set_leaves_out_the_same_pairs",
             "distributed/test_distributed.py::test_ranks_leave_out_the_pairs_of_one_process",
+            "backends/test_triton_compiled.py::test_tiles_with_limits_are_equal",
         ],
         breaks=[
+            Break(
+                "limits: a repair on a GPU has tiles of its own",
+                "triton_kernels/launch.py",
+                old='("_repair" if exact and not limits else "")',
+                new='("_repair" if exact else "")',
+            ),
             Break(
                 "limits: ties are left out",
                 "fastclip/losses/inputs/limits.py",
