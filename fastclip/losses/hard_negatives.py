@@ -136,7 +136,7 @@ def _search(p: Problem, k: int) -> HardestNegatives:
     blocks = [slice(j, min(j + width, N)) for j in range(0, N, width)]
     for i in range(0, M, height):
         rows = slice(i, min(i + height, M))
-        found = largest(_Negatives(p, r, c, rows), blocks, k, ties[rows])
+        found = largest(_Negatives(p, r, c, rows), blocks, k, ties[rows], masked=True)
         at = rows, slice(found.values.shape[1])
         values[at], indices[at] = found.values, found.indices.where(found.values != -torch.inf, -1)
     return HardestNegatives(values, indices)

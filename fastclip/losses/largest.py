@@ -22,7 +22,12 @@ class Largest(NamedTuple):
 
 
 def largest(
-    similarities: Callable[[slice], Tensor], blocks: Sequence[slice], k: int, tie: float | Tensor = 0.0
+    similarities: Callable[[slice], Tensor],
+    blocks: Sequence[slice],
+    k: int,
+    tie: float | Tensor = 0.0,
+    *,
+    masked: bool = False,
 ) -> Largest:
     """Return the K largest similarities of each row; K is the smaller one of `k` and the number of items N.
 
@@ -37,6 +42,7 @@ def largest(
         blocks: consecutive ranges of columns, which cover all N.
         k: number of items, at least 1.
         tie: difference below which similarities are equal, a number or (B, 1).
+        masked: -inf marks items that must not be chosen. Of those that fill a row, the indices are arbitrary.
     """
     N = blocks[-1].stop
     values, indices = _candidates(similarities, blocks, min(k + _SPARE, N))
@@ -47,6 +53,8 @@ def largest(
     if k + _SPARE < N:
         last = groups[:, k - 1 : k]
         cut = groups[:, -1:] == last  # equal items may follow the candidates
+        if masked:
+            cut = cut & (last > -torch.inf)
         if bool(cut.any()):
             before = (groups > last).sum(dim=1, keepdim=True)
             equal = _first_equal(similarities, blocks, k, last, tie)

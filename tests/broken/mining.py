@@ -32,8 +32,8 @@ PROMISES = [
             Break(
                 "mining: rounding orders equal texts",
                 "fastclip/losses/hard_negatives.py",
-                old="blocks, k, ties[rows])",
-                new="blocks, k)",
+                old="blocks, k, ties[rows], masked=True)",
+                new="blocks, k, masked=True)",
             ),
             Break(
                 "mining: a text that is infinite makes all others equal",
@@ -60,9 +60,16 @@ PROMISES = [
         "`hardest_negatives` takes one matrix product, 2 M N D operations, and one workspace of fixed size",
         tests=[
             "losses/test_hard_negatives.py::test_work_is_one_product",
+            "losses/test_hard_negatives.py::test_missing_negatives_take_no_second_pass",
             "losses/test_hard_negatives.py::test_memory_is_that_of_a_workspace",
         ],
         breaks=[
+            Break(
+                "mining: a second pass for negatives that do not exist",
+                "fastclip/losses/hard_negatives.py",
+                old="ties[rows], masked=True)",
+                new="ties[rows])",
+            ),
             Break(
                 "mining: always a second pass",
                 "fastclip/losses/largest.py",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip.losses import hard_negatives
+from fastclip.losses.largest import largest
 from support.accuracy import counted_products, pairs, poisoned, random_labels
 from support.processes import ended, forked, forks, join_group
 from support.rounding import RoundsByPlace
@@ -199,6 +200,25 @@ def test_missing_negatives_are_filled() -> None:
     assert found.indices[0].tolist() == [3, -1, -1, -1, -1, -1]
     alone = fastclip.hardest_negatives(image[:1], text[:1], 2)
     assert alone.indices.tolist() == [[-1, -1]]
+
+
+def test_missing_negatives_take_no_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with fewer than k negatives among many positives take one product."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.1")
+    image, text = pairs(200, 200, 16)
+    y = torch.arange(200).clamp_min(189)  # the first 190 images have 10 negatives
+    operations = counted_products(monkeypatch)
+    found = fastclip.hardest_negatives(image, text, 12, image_labels=y, text_labels=y)
+    assert sum(operations) == 2 * 200 * 200 * 16 and len(operations) > 9
+    compare(found, similarities(image, text, (y, y)), 12)
+    assert (found.indices >= 0).sum(1).tolist() == [10] * 190 + [12] * 10
+
+
+def test_items_of_minus_infinity_that_are_not_masked_are_ordered() -> None:
+    """Search puts items that are not finite last. They are equal items, in the order of their indices."""
+    blocks = [slice(0, 20), slice(20, 40)]
+    found = largest(lambda block: torch.full((2, 20), -torch.inf), blocks, 9)
+    assert found.indices.tolist() == [list(range(9))] * 2
 
 
 def test_a_batch_without_positives_is_mined() -> None:
