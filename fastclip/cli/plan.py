@@ -59,6 +59,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_training_option(parser, "context_length", type=int, default_words="the model's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the planned run")
     add_training_option(parser, "distill", nargs="+", action="extend", default_words="no teacher")
+    add_training_option(parser, "prefixes", nargs="+", type=int, metavar="N", default_words="the whole features alone")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="samples of the dataset of a run with --loss global, which holds running means of each",
+    )
     _add_speed_options(parser)
     parser.set_defaults(run=_plan)
 
@@ -150,6 +158,7 @@ def _plan(args: argparse.Namespace) -> int:
     model = _model(args)
     memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
     names = ("batch_size", "world_size", "precision", "optimizer", "parallel", "comm", "ema", "device")
+    names += ("prefixes", "samples")
     given = {
         name: None if (value := getattr(args, name)) == "auto" else value for name in ("micro_batch", "keep_graphs")
     }

@@ -166,7 +166,8 @@ class _Trainer:
             before: contents of state.json of the checkpoint from which the run resumes.
         """
         teachers = () if self.distillation is None else [one.model for one in self.distillation.teachers]
-        chosen = settle(self.options, self.model, self.world, before=before, teachers=teachers)
+        samples = 0 if self.loss.module is None else self.loss.module.samples
+        chosen = settle(self.options, self.model, self.world, before=before, teachers=teachers, samples=samples)
         self.options = replace(self.options, micro_batch=chosen.micro_batch)
         self._check_micro_batches(self.options)
         self.stepper.cached, self.stepper.keep_graphs = self.options.is_cached(self.world.ranks), chosen.keep_graphs
@@ -205,7 +206,11 @@ class _Trainer:
             async_save=self.options.async_save,
             wandb=self.options.wandb,
             utilisation=Utilisation(
-                self.model, self.world, batch_size=self.options.batch_size, autocast=self.stepper.autocast
+                self.model,
+                self.world,
+                batch_size=self.options.batch_size,
+                autocast=self.stepper.autocast,
+                prefixes=self.options.prefixes,
             ),
         )
 

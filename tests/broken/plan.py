@@ -57,8 +57,36 @@ PROMISES = [
             "training/test_plan.py::test_states_are_of_the_models_parameters",
             "training/test_plan.py::test_fsdp_holds_a_share",
             "training/test_plan.py::test_loss_is_that_of_the_scaling_model",
+            "training/test_plan.py::test_loss_of_prefixes_is_what_it_takes",
+            "training/test_plan.py::test_gathered_prefixes_are_kept",
+            "training/test_plan.py::test_running_means_are_held",
+            "training/test_choose.py::test_prefixes_and_running_means_are_planned",
         ],
         breaks=[
+            Break(
+                "plan: gradients of prefixes are forgotten",
+                "fastclip/training/planning/memory.py",
+                old="held += self.pairs * (widest + (len(widths) > 1) * dim) * size",
+                new="pass",
+            ),
+            Break(
+                "plan: the widest prefix alone is gathered",
+                "fastclip/training/planning/memory.py",
+                old="self.batch_size * (sum(widths) * size",
+                new="self.batch_size * (widest * size",
+            ),
+            Break(
+                "plan: the running means are forgotten",
+                "fastclip/training/planning/memory.py",
+                old="+ taught + self.means",
+                new="+ taught",
+            ),
+            Break(
+                "auto: prefixes are forgotten",
+                "fastclip/training/planning/choose.py",
+                old='"prefixes": options.prefixes',
+                new='"prefixes": None',
+            ),
             Break(
                 "plan: one pair too many",
                 "fastclip/training/planning/memory.py",
@@ -74,8 +102,8 @@ PROMISES = [
             Break(
                 "plan: log-sum-exps are forgotten",
                 "fastclip/training/planning/memory.py",
-                old="held = texts * (2 * size + _FP32)",
-                new="held = texts * 2 * size",
+                old="widest * (size + _FP32))",
+                new="widest * size)",
             ),
         ],
     ),
@@ -86,6 +114,7 @@ PROMISES = [
             "training/test_operations.py::test_operations_are_those_of_the_closed_forms",
             "training/test_operations.py::test_operations_of_bert_are_those_of_the_closed_form",
             "training/test_operations.py::test_locked_towers_have_no_backward_pass",
+            "training/test_operations.py::test_loss_of_prefixes_is_counted_once_for_each",
             "training/test_operations.py::test_padding_does_not_count",
             "training/test_operations.py::test_ranks_share_one_utilisation",
             "training/test_operations.py::test_run_says_its_utilisation",
@@ -98,6 +127,12 @@ PROMISES = [
                 "fastclip/training/planning/operations.py",
                 old="return self.trains_image * self.image + self.trains_text * self.text(tokens)",
                 new="return self.image + self.text(tokens)",
+            ),
+            Break(
+                "operations: the loss compares whole features",
+                "fastclip/training/planning/operations.py",
+                old="sum(prefixes) if prefixes else",
+                new="",
             ),
             Break(
                 "operations: tokens are those of one process",

@@ -18,6 +18,7 @@ needs("train")
 
 from fastclip import create_model
 from fastclip.system import machine
+from fastclip.system.reading import read_tensors
 from fastclip.training import Plan, Run, TrainOptions, plan, train
 from fastclip.training.options import read_options
 from fastclip.training.planning import choose as module
@@ -310,3 +311,21 @@ def test_ranks_choose_for_the_one_with_the_least_memory(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "of_all_ranks", of_both)
     assert settle(asked, model, World(0, 2, torch.device("cpu"), None)).micro_batch < 48
     assert shared[0]["processes"] == 2
+
+
+def test_prefixes_and_running_means_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run plans with its prefixes, and with the samples of the global loss."""
+    planned: list[Plan] = []
+
+    def watched(*args: Any, **known: Any) -> Plan:
+        planned.append(plan(*args, **known))
+        return planned[-1]
+
+    monkeypatch.setattr(module, "plan", watched)
+    known = {"micro_batch": "auto", "max_steps": 1}
+    train(options(tmp_path / "a", prefixes=(16, 64), **known))
+    assert {(p.prefixes, p.samples) for p in planned} == {((16, 64), 0)}
+    planned.clear()
+    run = train(options(tmp_path / "b", loss="global", **known))
+    means = read_tensors(run.folder / "checkpoints" / "step-00000001" / "loss.safetensors")
+    assert {p.means for p in planned} == {sum(x.nbytes for x in means.values())}

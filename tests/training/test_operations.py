@@ -21,7 +21,7 @@ import fastclip.training.run.utilisation as utilisation
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
 from fastclip.models.config import load_config
-from fastclip.training import TrainOptions, train
+from fastclip.training import TrainOptions, plan, train
 from fastclip.training.planning.operations import Operations, matrix_rate, operations_of
 from fastclip.training.ranks import World, wrap
 from fastclip.training.run.metrics import Meter
@@ -146,6 +146,14 @@ def test_locked_towers_have_no_backward_pass() -> None:
     assert (locked.trains_image, locked.trains_text) == (False, True)
     saved = 2 * pairs * whole.image + 2 * pairs * pairs * 64  # of the tower, and the gradient of its features
     assert locked.useful(pairs, 20) == whole.useful(pairs, 20) - saved
+
+
+def test_loss_of_prefixes_is_counted_once_for_each() -> None:
+    model, pairs = create_model("ViT-tiny", device="meta"), 16
+    whole, parts = operations_of(model), operations_of(model, (16, 64))
+    assert parts.useful(pairs, 20) - whole.useful(pairs, 20) == 3 * 2 * pairs * pairs * 16
+    assert parts.executed(pairs, 20) - whole.executed(pairs, 20) == 4 * 2 * pairs * pairs * 16
+    assert plan(model, batch_size=pairs, prefixes=(16, 64)).count_operations() == parts
 
 
 def test_executed_operations_have_what_saves_memory() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support import ROOT, needs
 needs("models")
 
 import fastclip.training.planning.footprint as traced
-from fastclip import create_model
+from fastclip import GlobalContrastiveLoss, create_model, matryoshka_loss
 from fastclip.cli import main
 from fastclip.models import DualEncoder
 from fastclip.training import Plan, plan
@@ -245,6 +246,37 @@ def test_loss_is_that_of_the_scaling_model(comm: str) -> None:
         assert replace(p, batch_size=batch).loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("prefixes", [(256,), (64, 256, 512), (512, 128, 32)])
+def test_loss_of_prefixes_is_what_it_takes(prefixes: tuple[int, ...]) -> None:
+    """The plan is within 10 % of the bytes that torch allocates for the loss beside the features' gradients."""
+    N, D = 1024, 512
+    for _ in range(2):  # the first time allocates the workspace
+        leaves = [x.requires_grad_() for x in (torch.randn(N, D), torch.randn(N, D), torch.tensor(10.0))]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            torch.autograd.backward(matryoshka_loss(*leaves, prefixes=prefixes))
+    live = list(accumulate(x.nbytes() for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"))
+    p = replace(planned("ViT-tiny", batch_size=N), footprint=traced.Footprint((), traced.Moment(0, 0, 0), tuple, D, 4))
+    assert replace(p, prefixes=prefixes).loss == pytest.approx(max(live) - 2 * N * D * 4, rel=0.1)
+
+
+def test_gathered_prefixes_are_kept(small: Plan) -> None:
+    """Until the backward pass, all prefixes of the texts of all processes are in memory, and their statistics."""
+    small = replace(small, world_size=4)
+    one, two = (replace(small, prefixes=prefixes) for prefixes in ((64, 32), (64, 32, 16)))
+    assert two.loss - one.loss == small.batch_size * (16 * 4 + 80)
+    one, two = (replace(p, comm="ring") for p in (one, two))
+    assert two.loss - one.loss == small.batch_size * 80  # a ring keeps none
+    assert replace(one, prefixes=(32, 16)).loss < one.loss
+
+
+def test_running_means_are_held(small: Plan) -> None:
+    loss = GlobalContrastiveLoss(1000)
+    taken = sum(x.nbytes for x in loss.state_dict().values())
+    p = replace(small, samples=1000)
+    assert p.means == taken == p.held - small.held and "running means" in table(p)
+    assert small.means == 0 and "running means" not in table(small)
+
+
 def test_workspace_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned("ViT-tiny", batch_size=16384).workspace == 64 * MIB
     assert planned("ViT-tiny", batch_size=16384, device="cuda").loss > 1024 * MIB
@@ -322,6 +354,9 @@ def test_model_of_other_operations_is_refused() -> None:
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"keep_graphs": -1}, "keep_graphs must be at least 0, got -1"),
         ({"world_size": 100}, "a batch of 64 is too small for 100 processes"),
+        ({"prefixes": (16, 65)}, r"prefixes must be distinct numbers from 1 to 64.*got \(16, 65\)"),
+        ({"prefixes": (16, 16)}, "prefixes must be distinct"),
+        ({"samples": -1}, "samples must be at least 0"),
         ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, lamb"),
     ],
@@ -374,10 +409,11 @@ def test_command_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_takes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     words = "plan --model RN-tiny --batch-size 4096 --device cpu --optimizer lamb --ema --lock-text --precision bf16"
     words += " --grad-checkpointing --image-size 64 --context-length 20 --micro-batch 512 --memory 8"
+    words += " --samples 30000 --prefixes 16 64"
     assert main(words.split()) == 0
     printed = capsys.readouterr().out
-    for told in ("LAMB: 2", "moving average", "64 x 64", "20 ids", "micro-batch of 512", "bf16 autocast", "a CPU"):
-        assert told in printed
+    told = ["LAMB: 2", "moving average", "64 x 64", "20 ids", "micro-batch of 512", "bf16 autocast", "a CPU"]
+    assert all(words in printed for words in [*told, "of 30,000 samples"])
     assert main([*words.split(), "--memory", "0.8"]) == 1  # the largest micro-batch fits, the requested one does not
     assert "largest micro-batch in 819.2 MiB" in capsys.readouterr().out
 

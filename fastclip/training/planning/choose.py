@@ -26,7 +26,7 @@ from fastclip.system.rounding import ceil_div
 from fastclip.training.from_options import Towers
 from fastclip.training.options import TrainOptions, flag
 from fastclip.training.planning.footprint import Footprint, footprint, rough_footprint
-from fastclip.training.planning.memory import Plan, most_graphs, plan
+from fastclip.training.planning.memory import MEANS, Plan, most_graphs, plan
 from fastclip.training.planning.report import readable
 from fastclip.training.planning.teachers import plan_teachers
 from fastclip.training.ranks import World, of_all_ranks
@@ -133,6 +133,7 @@ def settle(
     *,
     before: Mapping[str, Any] | None = None,
     teachers: Sequence[DualEncoder] = (),
+    samples: int = 0,
 ) -> Choice:
     """Return the micro-batch and the kept graphs of a run, equal on all ranks, and log what was chosen.
 
@@ -143,6 +144,7 @@ def settle(
         before: contents of state.json of the checkpoint that is resumed. Its micro-batch is used again if the batch and
             the number of processes are the same, because BatchNorm and the rounding depend on it.
         teachers: frozen models whose features the step compares, on the device.
+        samples: samples of the dataset of which the global loss holds running means, which are allocated already.
     """
     share = options.largest_share(world.ranks)
     micro_batch = None if options.micro_batch in _AUTO else int(options.micro_batch)
@@ -152,22 +154,22 @@ def settle(
         micro_batch = then if isinstance(then, int) else share  # older versions recorded None for the whole share
     if micro_batch is not None and (keep_graphs is not None or micro_batch >= share):
         return Choice(micro_batch, min(keep_graphs or 0, most_graphs(options.batch_size, world.ranks, micro_batch)))
-    memory = _smallest_memory([model, *teachers], world)
+    memory = _smallest_memory([model, *teachers], world, samples)
     if math.isinf(memory):
         return _without_plan(options, world, micro_batch, keep_graphs, "the size of the memory is unknown")
     try:
-        return _planned(options, [model, *teachers], world, memory, micro_batch, keep_graphs)
+        return _planned(options, [model, *teachers], world, memory, micro_batch, keep_graphs, samples)
     except Exception as error:  # of whatever kind the code of a model raises
         return _without_plan(options, world, micro_batch, keep_graphs, f"its memory cannot be planned ({error})")
 
 
-def _smallest_memory(models: Sequence[DualEncoder], world: World, *, share: float | None = None) -> float:
-    """Return `usable_memory` of the rank that has the least, all of which hold these models."""
+def _smallest_memory(models: Sequence[DualEncoder], world: World, samples: int, *, share: float | None = None) -> float:
+    """Return `usable_memory` of the rank that has the least, all of which hold these models and running means."""
     hosts = of_all_ranks(socket.gethostname(), world)
     tensors = [
         x.to_local() if hasattr(x, "to_local") else x for one in models for x in (*one.parameters(), *one.buffers())
     ]
-    held = sum(x.untyped_storage().nbytes() for x in tensors)
+    held = sum(x.untyped_storage().nbytes() for x in tensors) + MEANS * samples
     processes = hosts.count(hosts[world.rank])
     return min(of_all_ranks(usable_memory(world.device, processes=processes, held=held, share=share), world))
 
@@ -201,6 +203,7 @@ def _planned(
     memory: float,
     micro_batch: int | None,
     keep_graphs: int | None,
+    samples: int,
 ) -> Choice:
     """Return the choice for the first of the models, of which the others are teachers."""
     config, *teachers = (model.config for model in models if model.config is not None)
@@ -217,6 +220,8 @@ def _planned(
         "comm": options.comm,
         "ema": options.ema is not None,
         "device": world.device.type,
+        "prefixes": options.prefixes,
+        "samples": samples,
     }
     sizes: dict[str, Any] = {"context_length": config.text_cfg.context_length, "precision": options.precision}
     known["teachers"] = plan_teachers(teachers, **sizes, device=world.device.type)
@@ -227,7 +232,7 @@ def _planned(
         exact = plan(twin, **known, measured=measured)
         chosen = choose(exact, memory, **given)
         if chosen is None:  # no step fits into the share of the memory: all that is free is tried
-            chosen = choose(exact, _smallest_memory(models, world, share=1.0), **given)
+            chosen = choose(exact, _smallest_memory(models, world, samples, share=1.0), **given)
         if chosen is None:
             few = micro_batch or max((size for size in _sizes(exact) if size <= _FEW), default=exact.pairs)
             chosen = replace(exact, micro_batch=few, keep_graphs=keep_graphs or 0)

@@ -7,11 +7,9 @@ one after the other, beside the graphs that are kept. Without it, both are neede
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-from torch import nn
 
 from fastclip._backends.cpu.blocks import BLOCK_M
 from fastclip.models.dual_encoder import DualEncoder
@@ -19,10 +17,10 @@ from fastclip.system import env
 from fastclip.system.rounding import ceil_div
 from fastclip.training.planning.footprint import Footprint, footprint
 from fastclip.training.planning.operations import Operations, operations_of
+from fastclip.training.planning.sizes import Sizes, sizes_of
 from fastclip.training.planning.teachers import NO_TEACHERS, TeachersPlan
-from fastclip.training.ranks import fsdp_blocks
 
-__all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "most_graphs", "plan"]
+__all__ = ["FRAGMENTATION", "MEANS", "PROCESS", "STATES", "Plan", "most_graphs", "plan"]
 
 _FP32 = 4
 STATES = {"adamw": 2, "lamb": 2}  # fp32 values per trainable parameter
@@ -34,21 +32,10 @@ _CHOICES = {
     "device": ("cuda", "cpu"),
 }
 _STATISTICS = 80  # bytes per text: log-sum-exps, factors and their gradients
+MEANS = 2 * _FP32  # bytes per sample of the dataset: the running means of the global loss, in both directions
 # Bytes outside of tensors. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL. CPU: Python, torch, libraries
 PROCESS = {"cuda": 2**30, "cpu": 2**29}
 FRAGMENTATION = 0.05  # share of all tensors: gaps that the allocator cannot use
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a model, in elements unless noted."""
-
-    parameters: int
-    trainable: int
-    buffers: int  # bytes
-    block: int  # parameters of the largest block, which FSDP gathers separately
-    rest: int  # parameters outside of all blocks, which stay gathered throughout a pass
-    trainable_rest: int  # those of `rest` that are trained
 
 
 @dataclass(frozen=True)
@@ -77,6 +64,8 @@ class Plan:
     count_operations: Callable[[], Operations] = field(repr=False, compare=False)  # takes time, and memory needs none
     keep_graphs: int = 0  # micro-batches whose graphs gradient caching keeps; more than `most_graphs` are not kept
     teachers: TeachersPlan = NO_TEACHERS
+    prefixes: tuple[int, ...] = ()  # lengths of the features that are compared; empty: the whole features
+    samples: int = 0  # samples of the dataset that have running means, as with the global loss
 
     @property
     def pairs(self) -> int:
@@ -204,20 +193,33 @@ class Plan:
         return self.footprint.peak(min(self.micro_batch, self.pairs))
 
     @property
+    def means(self) -> int:
+        """Bytes of the running means of the global loss."""
+        return MEANS * self.samples
+
+    @property
     def loss(self) -> int:
-        """Bytes that `contrastive_loss` takes while it runs, except the workspace on a CPU, which stays allocated."""
-        shard, texts = self.pairs * self.footprint.dim, self.batch_size * self.footprint.dim  # elements
-        size = self.footprint.feature_size
+        """Bytes that the loss takes while it runs, except the workspace on a CPU, which stays allocated.
+
+        The losses of all prefixes keep their statistics and gathered texts until the backward pass, which handles one
+        prefix at a time.
+        """
+        dim, size = self.footprint.dim, self.footprint.feature_size
+        widths = self.prefixes or (dim,)
+        widest = max(widths)
         if self.world_size == 1:  # the backends on a GPU sum the gradients of the texts in fp32
-            held = shard * _FP32 if self.device == "cuda" else 0
+            held = self.pairs * widest * _FP32 if self.device == "cuda" else 0
         elif self.comm == "gather":  # texts, their gradients, and the gradients in fp32 or in transfer
-            held = texts * (2 * size + _FP32)
+            held = self.batch_size * (sum(widths) * size + widest * (size + _FP32))
         else:
             # Two blocks of texts, one in use and one in transfer, in the dtype of the features. Seven blocks in fp32,
             # among them the sums of the texts' gradients in use and in transfer, and those of the images' gradients
-            held = shard * (2 * size + 7 * _FP32)
+            held = self.pairs * widest * (2 * size + 7 * _FP32)
+        if self.prefixes:  # the gradient of a prefix, which is padded with zeros and added to those of the others
+            held += self.pairs * (widest + (len(widths) > 1) * dim) * size
         held += (self.world_size > 1) * self.batch_size * self.teachers.texts  # gathered
-        return held + _STATISTICS * self.batch_size + (self._workspace if self.device == "cuda" else 0)
+        held += len(widths) * _STATISTICS * self.batch_size
+        return held + (self._workspace if self.device == "cuda" else 0)
 
     @property
     def workspace(self) -> int:
@@ -237,7 +239,7 @@ class Plan:
         parameters = self.parameters + self.gathered + self.optimizer_states + self.average
         gradients = self.gradients + self.buckets if self.gradients_stay else 0
         taught = self.teachers.held(self.pairs)
-        return parameters + gradients + self.inputs + self.features + self.workspace + taught
+        return parameters + gradients + self.inputs + self.features + self.workspace + taught + self.means
 
     @property
     def tensors(self) -> int:
@@ -320,6 +322,8 @@ def plan(
     device: str = "cuda",
     measured: Footprint | None = None,
     teachers: TeachersPlan = NO_TEACHERS,
+    prefixes: Sequence[int] | None = None,
+    samples: int = 0,
 ) -> Plan:
     """Predict the memory of a training step.
 
@@ -340,6 +344,8 @@ def plan(
         device: "cuda" or "cpu", the kind of device to plan for. It need not exist on this machine.
         measured: footprint of the model, if it is known (default: it is measured).
         teachers: frozen teachers of the step, as `plan_teachers` returns them.
+        prefixes: lengths of the prefixes of the features whose losses are added (default: the whole features alone).
+        samples: samples of the dataset of which the global loss holds running means (default: another loss is used).
 
     Raises:
         ValueError: an option is invalid, both towers are locked, or the model has no configuration.
@@ -351,20 +357,26 @@ def plan(
     for name, number in (("batch_size", batch_size), ("world_size", world_size), ("micro_batch", micro_batch)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    if keep_graphs < 0:
-        raise ValueError(f"keep_graphs must be at least 0, got {keep_graphs}")
+    for name, number in (("keep_graphs", keep_graphs), ("samples", samples)):
+        if number < 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
     if batch_size < world_size:
         raise ValueError(f"a batch of {batch_size} is too small for {world_size} processes: each needs a pair")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("both towers are locked: there is nothing to train")
     if model.config is None:
         raise ValueError("the model has no configuration with the sizes of its inputs: build it with create_model")
+    lengths, dim = tuple(prefixes or ()), model.config.embed_dim
+    if not all(0 < d <= dim for d in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f"prefixes must be distinct numbers from 1 to {dim}, the length of the features, got {lengths}"
+        )
     image_size, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
     pairs = ceil_div(batch_size, world_size)
     if measured is None:
         measured = footprint(model, image_size=image_size, context_length=length, precision=precision, device=device)
     return Plan(
-        sizes=_sizes_of(model),
+        sizes=sizes_of(model),
         footprint=measured,
         image_size=image_size,
         context_length=length,
@@ -374,26 +386,9 @@ def plan(
         world_size=world_size,
         ema=ema,
         workspace_limit=env.workspace_bytes(device),
-        count_operations=partial(operations_of, model),
+        count_operations=partial(operations_of, model, lengths),
         teachers=teachers,
+        prefixes=lengths,
+        samples=samples,
         **given,
     )
-
-
-def _sizes_of(model: DualEncoder) -> Sizes:
-    parameters = list(model.parameters())
-    blocks = list(fsdp_blocks(model))
-    in_blocks = {id(p) for block in blocks for p in block.parameters()}
-    rest = [p for p in parameters if id(p) not in in_blocks]
-    return Sizes(
-        parameters=_count(parameters),
-        trainable=_count(p for p in parameters if p.requires_grad),
-        buffers=sum(x.numel() * x.element_size() for x in model.buffers()),
-        block=max((_count(block.parameters()) for block in blocks), default=0),
-        rest=_count(rest),
-        trainable_rest=_count(p for p in rest if p.requires_grad),
-    )
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)

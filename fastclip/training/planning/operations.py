@@ -8,6 +8,7 @@ gradient checkpointing, which embed some or all pairs again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,7 +39,7 @@ class Operations:
 
     image: int  # forward pass of an image
     texts: tuple[tuple[int, int], ...]  # tokens of a text and operations of its forward pass, for up to three lengths
-    dim: int  # D of the features
+    dim: int  # D of the features, or the sum of the lengths of the prefixes that the loss compares
     trains_image: bool
     trains_text: bool
     checkpointing: bool = False  # trained towers run forward again in the backward pass
@@ -89,8 +90,12 @@ class Operations:
         return self.useful(pairs, tokens) + pairs * towers + self._loss(pairs)  # the loss computes its logits again
 
 
-def operations_of(model: DualEncoder) -> Operations:
+def operations_of(model: DualEncoder, prefixes: Sequence[int] | None = None) -> Operations:
     """Count the operations of a model as its configuration describes it, without any weights.
+
+    Args:
+        model: model with a configuration.
+        prefixes: lengths of the prefixes of the features that the loss compares (default: the whole features alone).
 
     Raises:
         ValueError: the model has no configuration, or cannot be run on tensors without contents.
@@ -104,7 +109,7 @@ def operations_of(model: DualEncoder) -> Operations:
     return Operations(
         image,
         texts,
-        model.config.embed_dim,
+        sum(prefixes) if prefixes else model.config.embed_dim,
         trains_image=any(p.requires_grad for p in model.visual.parameters()),
         trains_text=any(p.requires_grad for p in model.text.parameters()),
         checkpointing=_checkpoints(model),

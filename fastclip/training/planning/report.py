@@ -80,6 +80,8 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
             p.teachers.held(p.pairs),
             f"{p.teachers.count} frozen, of {frozen}, and their features of {p.pairs:,} pairs",
         )
+    if p.means:
+        yield "running means", p.means, f"of the global loss, of {p.samples:,} samples"
     images = f"images of {p.image_size} x {p.image_size}, uint8 and fp32"
     yield "inputs", p.inputs, f"{images}, and {p.context_length} ids per text"
     kept = "and their gradients" if p.cached else "gradients only"

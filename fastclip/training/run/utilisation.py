@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -27,10 +28,19 @@ class Utilisation:
         world: this process and its group.
         batch_size: pairs of all processes in a step.
         autocast: dtype in which the towers compute (None: fp32).
+        prefixes: lengths of the prefixes of the features that the loss compares (None: the whole features alone).
     """
 
-    def __init__(self, model: DualEncoder, world: World, *, batch_size: int, autocast: torch.dtype | None) -> None:
-        self._model, self._world, self._batch_size = model, world, batch_size
+    def __init__(
+        self,
+        model: DualEncoder,
+        world: World,
+        *,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        prefixes: Sequence[int] | None = None,
+    ) -> None:
+        self._model, self._world, self._batch_size, self._prefixes = model, world, batch_size, prefixes
         self._dtype = autocast or torch.float32
         self._measured = False
         self._operations: Operations | None = None
@@ -54,7 +64,7 @@ class Utilisation:
     def _measure(self) -> float | None:
         rate = None
         try:
-            self._operations = operations_of(self._model)
+            self._operations = operations_of(self._model, self._prefixes)
             rate = matrix_rate(self._world.device, self._dtype)
         except (ValueError, RuntimeError) as error:  # torch raises a RuntimeError if memory is too small
             logger.warning("the metrics will have no model FLOP utilisation (mfu): %s", error)
