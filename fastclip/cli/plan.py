@@ -157,8 +157,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     model = _model(args)
     memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
-    names = ("batch_size", "world_size", "precision", "optimizer", "parallel", "comm", "ema", "device")
-    names += ("prefixes", "samples")
+    names = ["batch_size", "world_size", "precision", "optimizer", "parallel", "comm", "ema", "device"]
+    names += ["prefixes", "samples"]
     given = {
         name: None if (value := getattr(args, name)) == "auto" else value for name in ("micro_batch", "keep_graphs")
     }
