@@ -111,8 +111,8 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
                                  const fastclip_bwd_side* text, double* d_scale, int num_threads);
 
 /* Add one block of the sigmoid loss to *sums, with z_ij = dot_ij scale r_i c_j + bias in natural units. Without labels
- * the positive of row i is column i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, which is 0 for
- * pairs that are left out. Otherwise the block is not changed and only sums->loss is valid. */
+ * the positive of row i is column i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, which is 0
+ * for pairs that are left out. Otherwise the block is not changed and only sums->loss is valid. */
 int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid* sigmoid, int gradients,
                              fastclip_sigmoid_sums* sums, int num_threads);
 

@@ -123,8 +123,8 @@ SigmoidSums sigmoid_rows(const Tile& t, const SigmoidSide& image, const SigmoidS
 }
 
 template <class Positives, class Keep>
-SigmoidSums with_gradients(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias,
-                           bool gradients, const Positives& positives, const Keep& keep) {
+SigmoidSums with_gradients(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias, bool gradients,
+                           const Positives& positives, const Keep& keep) {
   return gradients ? sigmoid_rows<true>(t, image, text, bias, positives, keep)
                    : sigmoid_rows<false>(t, image, text, bias, positives, keep);
 }
