@@ -25,7 +25,7 @@ BUS_NODE, BUS = 360e9, 350e9  # bytes/s per rank of a collective inside one node
 NIC, NVLINK = 46e9, 360e9  # bytes/s from one GPU to another
 HOP_NODE, HOP, BASE = 3.4e-6, 14e-6, 8.4e-6  # s, from NCCL's own model of its ring (Simple protocol)
 BF16, FP32, STATISTIC = 2, 4, 8  # bytes; log-sum-exps are sent in fp64
-AGREEMENT = 472  # bytes by which each rank announces its arguments before a call; equal_shards=True omits them
+AGREEMENT = 504  # bytes by which each rank announces its arguments before a call; equal_shards=True omits them
 # Bytes per element of the n x N logits that open_clip's two cross-entropies read and write (counted from the executed
 # ops, bf16 features, no autocast; 84 under autocast), and that they hold at once
 LOGIT_TRAFFIC, LOGIT_MEMORY = 36, 8
