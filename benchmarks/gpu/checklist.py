@@ -29,6 +29,13 @@ TESTS = {  # pytest's arguments, each for less than SECONDS, ordered by what the
         "tests/backends/test_plain.py",
         "tests/backends/test_sigmoid_kernels.py",
     ),
+    "tests-others": (  # distillation, one direction, margins, labels of the sigmoid loss, hard negatives
+        "tests/losses/test_distillation.py",
+        "tests/losses/test_direction.py",
+        "tests/losses/test_negative_margin.py",
+        "tests/losses/test_sigmoid_labels.py",
+        "tests/losses/test_hard_negatives.py",
+    ),
     "tests-kernels": ("tests/backends/test_kernels.py", "tests/backends/test_triton.py"),
     "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),
     "tests-gpu-training": (

@@ -60,7 +60,7 @@ def test_parts_are_the_tests_and_every_case() -> None:
     marked = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
-        if re.search(r"pytest\.mark\.gpu|@each_kind\((?!CPU_KINDS)", path.read_text())
+        if re.search(r"pytest\.mark\.gpu|@each_(kind|backend)\((?!CPU_KINDS)", path.read_text())
     }
     files = {word for words in TESTS.values() for word in words if word.endswith(".py")}
     assert files == marked - {"tests/benchmarks/test_gpu_check.py"}

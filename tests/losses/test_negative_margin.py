@@ -18,7 +18,7 @@ from fastclip.losses.inputs.ties import TIE
 from fastclip.ops.contrastive import arguments, by_side, flat
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS
 from support.accuracy import counted_products, leaves, pairs, poisoned, random_labels, unit_roundoff
-from support.kinds import DEVICE, GPU
+from support.kinds import DEVICE, GPU, each_backend
 
 BACKENDS = ["cpu", "reference", "triton"]
 SCALE = 14.3
@@ -98,7 +98,7 @@ def check(
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("margin", [-0.2, 0.0, 0.1])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(2, 2, 8), (65, 65, 24), (530, 530, 40)], ids=str)
@@ -116,7 +116,7 @@ def test_loss_is_that_of_the_remaining_pairs(
     check(image, text, margin, backend=None if dtype == torch.float64 else backend, normalize=normalize)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@each_backend(*BACKENDS, None)
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"exclude_self": True}], ids=str)
 def test_loss_with_labels_is_that_of_the_remaining_pairs(options: dict[str, Any], backend: str | None) -> None:
     M, N = (140, 140) if options.get("exclude_self") else (140, 150)
@@ -144,7 +144,7 @@ def test_many_blocks_leave_out_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -
     check(*spread(530, 530, 24), 0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("scale", [100.0, 3000.0])
 def test_logits_that_are_left_out_do_not_overflow(scale: float, backend: str) -> None:
     """A pair far above the log-sum-exps of its row and column has no weight, where exp(z - lse) is infinite."""
@@ -158,7 +158,7 @@ def test_logits_that_are_left_out_do_not_overflow(scale: float, backend: str) ->
         assert d.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tie_stays_a_negative(dtype: torch.dtype, normalize: bool, backend: str) -> None:
@@ -204,7 +204,7 @@ def near_limits(M: int, N: int, backend: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("workspace", ["64", "0.05"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 def test_both_passes_decide_alike_near_the_limit(backend: str, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
     shape = (300, 530) if backend != "triton" else (130, 150)
@@ -212,7 +212,7 @@ def test_both_passes_decide_alike_near_the_limit(backend: str, workspace: str, m
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 def test_nan_stays_nan(backend: str) -> None:
     image, text = (x.to(device_of(backend)) for x in pairs(70, 70, 16))
     text[3, 2] = torch.nan

@@ -20,7 +20,7 @@ from fastclip.losses.inputs.ties import TIE
 from fastclip.ops.sigmoid import Pairs
 from fastclip.parity.promised import FP32_GRADIENT, FP64, LOSS, SCALE_GRADIENT
 from support.accuracy import counted_products, leaves, pairs, poisoned, random_labels, unit_roundoff
-from support.kinds import DEVICE, GPU
+from support.kinds import DEVICE, GPU, each_backend
 from support.processes import ended, forked, forks, join_group
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -130,7 +130,7 @@ def check(name: str, backend: str | None, shape: tuple[int, int, int], dtype: to
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(7, 12, 8), (65, 50, 24), (140, 530, 16)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -146,7 +146,7 @@ def test_exact_in_fp64(name: str) -> None:
     check(name, None, (30, 40, 12), torch.float64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("name", ["labels", "pairs, margin", "self, ignored, margin"])
 @pytest.mark.parametrize("bias", [-60.0, 40.0])
 def test_losses_far_from_0_keep_digits(bias: float, name: str, backend: str) -> None:
@@ -166,14 +166,14 @@ def test_every_instruction_set_has_the_same_pairs(isa: str) -> None:
         native.module.select_isa("auto")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@each_backend("cpu", "triton")
 @pytest.mark.parametrize("name", ["self, ignored, margin", "pairs, margin"])
 def test_many_blocks_have_the_same_pairs(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.05")
     check(name, backend, (300, 300, 16), torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_tie_stays_a_negative(labelled: bool, normalize: bool, backend: str) -> None:
@@ -192,7 +192,7 @@ def test_a_tie_stays_a_negative(labelled: bool, normalize: bool, backend: str) -
     assert fewer < everything - 1.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend(*BACKENDS)
 def test_nan_stays_nan(backend: str) -> None:
     image, text = (x.to(DEVICE if backend == "triton" else "cpu") for x in pairs(70, 70, 16))
     text[3, 2] = torch.nan

@@ -126,6 +126,12 @@ def each_kind(kinds: Iterable[Kind], *, few: bool = False) -> pytest.MarkDecorat
     return pytest.mark.parametrize("kind", parameters, indirect=True)
 
 
+def each_backend(*names: str | None) -> pytest.MarkDecorator:
+    """Parametrise a test by `backend`; on a machine with a GPU, Triton's tests run on it and are marked `gpu`."""
+    parameters = [pytest.param(name, marks=[pytest.mark.gpu] if GPU and name == "triton" else []) for name in names]
+    return pytest.mark.parametrize("backend", parameters)
+
+
 def kept(x: Tensor, device: str = DEVICE) -> Tensor:
     """Return a tensor on the device with its strides, inside a frame of NaN."""
     return x if device == "cpu" else poisoned(x).to(device) if x.dim() == 2 else x.to(device)
