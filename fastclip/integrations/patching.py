@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Calls", "check_same_loss", "check_version", "original", "replace", "unpatch"]
+__all__ = ["Calls", "check_names", "check_same_loss", "check_version", "original", "replace", "unpatch"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,19 +129,37 @@ class Calls:
             logger.warning("%s", message)
 
 
-def check_version(package: str, version: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:
+def check_version(
+    package: str, version: str, oldest: tuple[int, int], newest: tuple[int, int] | None, instead: str
+) -> None:
     """Check that the major and minor numbers of `version` are between `oldest` and `newest`, inclusive.
+
+    If `newest` is None, later versions are accepted too, and the caller checks what it replaces.
 
     Raises:
         RuntimeError: the version is outside this range. The message offers the instruction `instead` as an alternative.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and oldest <= (int(numbers[1]), int(numbers[2])) <= newest:
+    found = (int(numbers[1]), int(numbers[2])) if numbers else None
+    if found and oldest <= found and (newest is None or found <= newest):
         return
-    known = " to ".join(f"{major}.{minor}" for major, minor in dict.fromkeys((oldest, newest)))
+    known = f"{oldest[0]}.{oldest[1]}"
+    if newest != oldest:
+        known += f" to {newest[0]}.{newest[1]}" if newest else " and newer"
     raise RuntimeError(
         f"fastclip can patch {package} {known}, but {version} is installed: install a supported version, or {instead}"
     )
+
+
+def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Check that a later version has added nothing to the parameters or fields that a patch knows.
+
+    Raises:
+        RuntimeError: some of `names` are not in `known`, so that `what` must not be replaced.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RuntimeError(f"fastclip does not know {', '.join(unknown)} of {what}; it was not patched")
 
 
 def check_same_loss(what: str, theirs: Callable[[], Any], ours: Callable[[], Any], leaves: Sequence[Tensor]) -> None:

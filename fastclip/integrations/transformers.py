@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.distributed import check_group
-from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
+from fastclip.integrations.patching import Calls, check_names, check_same_loss, check_version, original, replace
 from fastclip.losses.contrastive import contrastive_loss
 from fastclip.losses.sigmoid import sigmoid_loss
 
 __all__ = ["patch_transformers"]
 
 _PACKAGE = "transformers"
-_OLDEST, _NEWEST = (5, 0), (5, 24)
+_OLDEST = (5, 0)
+_LEFT_OUT = ("logits_per_image", "logits_per_text")  # N x N
+_INSTEAD = "call fastclip's losses in your training code"
 
 
 def patch_transformers(*, group: Any = None) -> None:
@@ -51,8 +53,9 @@ def patch_transformers(*, group: Any = None) -> None:
         ImportError: transformers is not installed.
         ValueError: the group is a string other than "world", or this process is not a member of it.
         TypeError: the group is not a process group.
-        RuntimeError: the version of transformers is not 5.0 to 5.24, a forward was changed, or `group` is a process
-            group (not "world") but `torch.distributed` is not available or not initialised. Nothing is replaced.
+        RuntimeError: transformers is older than 5.0, a forward was changed (by a later version or by other code), or
+            `group` is a process group (not "world") but `torch.distributed` is not available or not initialised.
+            Nothing is replaced.
     """
     from transformers import __version__ as version
 
@@ -61,12 +64,15 @@ def patch_transformers(*, group: Any = None) -> None:
             raise ValueError(f'group must be a process group, "world" or None, got {group!r}')
     else:
         check_group(group)
-    check_version(_PACKAGE, version, _OLDEST, _NEWEST, "call fastclip's losses in your training code")
+    check_version(_PACKAGE, version, _OLDEST, None, _INSTEAD)
     forwards = {}
-    for kind in _kinds():
-        dense = original(_PACKAGE, kind.model)
-        _check(kind, dense)
-        forwards[kind.model] = _forward(kind, dense, Calls(kind.model, dense, kind.honoured), group=group)
+    try:
+        for kind in _kinds():
+            dense = original(_PACKAGE, kind.model)
+            _check(kind, dense)
+            forwards[kind.model] = _forward(kind, dense, Calls(kind.model, dense, kind.honoured), group=group)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:  # a later version has moved or renamed a part
+        raise RuntimeError(f"fastclip's patch does not fit transformers {version} ({error}): {_INSTEAD}") from error
     replace(_PACKAGE, forwards)
 
 
@@ -218,7 +224,10 @@ def _align_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
 
 
 def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
-    """Raise RuntimeError unless both forwards of a tiny random model give the same loss and gradients."""
+    """Raise RuntimeError unless both forwards of a tiny random model give the same loss, gradients and fields."""
+    name = f"{kind.model.__name__}.forward of transformers"
+    known = ("args", *inspect.signature(kind.encode).parameters)
+    check_names(f"the parameters of {name}", inspect.signature(dense).parameters, known)
     # The user's random state and default device must not change
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = kind.model(kind.tiny).double().train()
@@ -229,8 +238,9 @@ def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
         }
         fused = _forward(kind, dense, Calls(kind.model, dense), backend="reference")
         check_same_loss(
-            f"{kind.model.__name__}.forward of transformers",
+            name,
             lambda: dense(model, **batch).loss,
             lambda: fused(model, **batch).loss,
             [x for x in model.parameters() if x.requires_grad],
         )
+        check_names(f"the output of {name}", dense(model, **batch), {*fused(model, **batch), *_LEFT_OUT})

@@ -98,6 +98,7 @@ PROMISES = [
         "Unknown versions, and classes that compute something else, are not patched; `unpatch` restores the methods",
         tests=[
             "integrations/test_integrations.py::test_unknown_version_is_refused",
+            "integrations/test_integrations.py::test_later_version_is_asked_for_what_it_computes",
             "integrations/test_integrations.py::test_class_that_computes_something_else_is_refused",
             "integrations/test_integrations.py::test_unpatch_gives_back_the_very_forwards",
             "integrations/test_integrations.py::test_patching_draws_no_random_numbers_and_says_nothing",
@@ -107,8 +108,20 @@ PROMISES = [
             Break(
                 "patches: any newer version will do",
                 "fastclip/integrations/patching.py",
-                old="int(numbers[2])) <= newest",
-                new="int(numbers[2]))",
+                old="(newest is None or found <= newest)",
+                new="True",
+            ),
+            Break(
+                "patches: a parameter of a later version is ignored",
+                "fastclip/integrations/transformers.py",
+                old="inspect.signature(dense).parameters, known)",
+                new="known, known)",
+            ),
+            Break(
+                "patches: a field of a later version is left out",
+                "fastclip/integrations/transformers.py",
+                old="{*fused(model, **batch), *_LEFT_OUT}",
+                new="dense(model, **batch)",
             ),
             Break(
                 "patches: losses are not compared",

@@ -393,17 +393,48 @@ def test_unpatch_gives_back_the_very_forwards() -> None:
     ("package", "version"),
     [
         *(("open_clip", x) for x in ("2.32.0", "3.2.0", "3.4.0.dev0", "4.3.0", "unknown")),
-        *(("transformers", x) for x in ("4.57.1", "5.25.0.dev0", "6.0.0")),
+        *(("transformers", x) for x in ("4.57.1", "unknown")),
     ],
 )
 def test_unknown_version_is_refused(package: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[package], "__version__", version)  # transformers replaces its module in sys.modules
-    known = "3.3" if package == "open_clip" else "5.0 to 5.24"
+    known = "3.3" if package == "open_clip" else "5.0 and newer"
     with pytest.raises(
         RuntimeError, match=f"can patch {package} {known}, but {version} is installed: install a supported version, or"
     ):
         (patch_open_clip if package == "open_clip" else patch_transformers)()
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))
+
+
+def test_later_version_is_asked_for_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version is patched if its classes are as before, and refused if they are not."""
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "6.1.0.dev0")
+    patch_transformers()
+    assert CLIPModel.forward is not ORIGINALS[0]
+    unpatch()
+    forward = CLIPModel.forward
+
+    def with_parameter(self: Any, return_loss: Any = None, margin: float = 0.0, **kwargs: Any) -> Any:
+        return forward(self, return_loss=return_loss, **kwargs)
+
+    def with_field(self: Any, return_loss: Any = None, **kwargs: Any) -> Any:
+        output = forward(self, return_loss=return_loss, **kwargs)
+        output["margin"] = torch.zeros(())
+        return output
+
+    def without_loss(self: Any, **kwargs: Any) -> Any:
+        return forward(self, **{**kwargs, "return_loss": None})
+
+    for changed, message in {
+        with_parameter: r"does not know margin of the parameters of CLIPModel\.forward of transformers; it was not",
+        with_field: r"does not know margin of the output of CLIPModel\.forward of transformers; it was not",
+        without_loss: r"patch does not fit transformers 6\.1\.0\.dev0 \(.*\): call fastclip's losses in your",
+    }.items():
+        monkeypatch.setattr(CLIPModel, "forward", changed)
+        with pytest.raises(RuntimeError, match=message):
+            patch_transformers()
+        assert CLIPModel.forward is changed
+        monkeypatch.setattr(CLIPModel, "forward", forward)
 
 
 CHANGES = {"loss": lambda loss: 2 * loss, "gradients": lambda loss: 2 * loss - loss.detach()}
