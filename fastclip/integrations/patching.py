@@ -155,7 +155,7 @@ def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None
     """Check that a later version has added nothing to the parameters or fields that a patch knows.
 
     Raises:
-        RuntimeError: some of `names` are not in `known`, so that `what` must not be replaced.
+        RuntimeError: `names` has a name that is not in `known`, so that `what` must not be replaced.
     """
     unknown = [name for name in names if name not in known]
     if unknown:
