@@ -37,6 +37,7 @@ from fastclip.training.planning.memory import plan
 from fastclip.training.planning.operations import operations_of
 from fastclip.training.planning.speed import speed
 from fastclip.training.planning.teachers import NO_TEACHERS, plan_teachers
+from fastclip.training.step.distillation import Teacher
 from fastclip.training.step.update import Stepper, StepReport
 from support.digits_run import digits_run
 
@@ -163,6 +164,7 @@ def test_teachers_are_frozen_and_students_learn_from_them(
     assert weightless.losses == pytest.approx(without.losses, rel=LOSS)
     names = read_tensors(tmp_path / "a" / "checkpoints" / "step-00000004" / "model.safetensors").keys()
     assert names == create_model("ViT-tiny").state_dict().keys()  # without the teachers
+    assert not any(module.training for module in Teacher("new", create_model("ViT-tiny").train()).model.modules())
 
 
 @pytest.mark.parametrize(
